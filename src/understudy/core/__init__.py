@@ -1,0 +1,1 @@
+"""What crosses rooms: records, the strict config base, errors, seeds, provenance and atomic files. Imports nothing of ours."""

@@ -1,0 +1,107 @@
+"""Where tokens are chosen: the target's by its processed law, the drafts' with their law recorded.
+
+Two random streams per sequence. Sharing one would make a draw depend on whether something was drafted before it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from understudy.core.records import Proposal, Rows
+from understudy.core.seeds import generator
+from understudy.ops import laws
+from understudy.ops.trees import ancestors
+from understudy.ops.verify import reject_chain, reject_tree, walk
+from understudy.target.processors import History, Processors
+
+
+class RecordingSampler:
+    """What a drafter draws its tokens with. Under `sample` the engine keeps each draw and its law, and verifies exactly those."""
+
+    def __init__(self, processors: Processors, random: torch.Generator, sample: bool) -> None:
+        self.processors, self.random = processors, random
+        self.sample = sample and not processors.greedy
+        self.draws: list[Tensor] = []
+        self.laws: list[Tensor] = []
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """Draft tokens [n] from raw logits [n, V]."""
+        if not self.sample:
+            return logits.argmax(-1)
+        q = laws.law(self.processors.warp(logits))
+        tokens = laws.draw(q, self.random)
+        self.draws.append(tokens)
+        self.laws.append(q)
+        return tokens
+
+    def begin(self) -> RecordingSampler:
+        self.draws.clear()
+        self.laws.clear()
+        return self
+
+    def settle(self, proposal: Proposal) -> Tensor | None:
+        """The recorded q [K, V] of the proposal, or None when matching must decide.
+
+        What was drawn stands: if the drafter drew its drafts here, the drawn tokens are the drafts, whatever it says they are.
+        """
+        if not self.draws:
+            return None
+        tokens = torch.cat(self.draws)
+        if tokens.shape[0] != proposal.tokens.shape[0] or self.laws[0].shape[-1] != self.processors.vocab_size:
+            return None
+        proposal.tokens = tokens.to(proposal.tokens.device)
+        return torch.cat(self.laws)
+
+
+class Chooser:
+    """The target's side of one sequence: choices after rows, and which drafts they accept."""
+
+    def __init__(self, processors: Processors, device: torch.device, seed: int, index: int) -> None:
+        self.processors = processors
+        self.random = generator(device, seed, index, "target")
+        self.history: History | None = None
+
+    def begin(self, prompt: list[int]) -> None:
+        """A turn starts: everything before its first new token counts as prompt."""
+        self.history = self.processors.history(prompt)
+
+    def processed(self, logits: Tensor, rows: Rows) -> Tensor:
+        """[n, V] raw logits of the last n rows -> [n, V] processed, fp32."""
+        if self.history is None:
+            return self.processors.apply(logits)
+        seen = None if rows.parents is None else ancestors(rows.parents).to(logits.device)
+        return self.processors.apply(logits, self.history.rows(rows.tokens[-logits.shape[0] :], seen))
+
+    def first(self, logits: Tensor, rows: Rows) -> int:
+        """The first new token, from the last prompt row's logits [1, V]. That row is committed: it is counted already."""
+        return int(self._choose(logits, rows).item())
+
+    def _choose(self, logits: Tensor, rows: Rows) -> Tensor:
+        if self.processors.identity and self.processors.greedy:
+            return logits.argmax(-1)
+        processed = self.processed(logits, rows)
+        return processed.argmax(-1) if self.processors.greedy else laws.draw(laws.law(processed), self.random)
+
+    def judge(self, rows: Rows, q: Tensor | None) -> tuple[list[int], list[int], list[int]]:
+        """(path of accepted rows, the target's choice after each row, the token of each row). One transfer to the host.
+
+        With `q` drafts are accepted by rejection; the choice after the last accepted row then is the token that follows, and the
+        choices after accepted rows are the drafts themselves.
+        """
+        assert rows.logits is not None
+        if q is None:
+            choices, tokens = torch.stack([self._choose(rows.logits, rows), rows.tokens]).tolist()
+            return walk(choices, tokens, rows.parents), choices, tokens
+        p = laws.law(self.processed(rows.logits, rows))
+        if rows.parents is None:
+            outcome = reject_chain(p, q.to(p.device), rows.tokens[1:], self.random)
+            accepted, after, *tokens = torch.cat([outcome, rows.tokens]).tolist()
+            return list(range(accepted + 1)), [*tokens[1 : accepted + 1], after], tokens
+        path, after = reject_tree(p, q.to(p.device), rows.tokens, rows.parents, self.random)
+        tokens = rows.tokens.tolist()
+        choices = [-1] * len(tokens)
+        for row, child in zip(path, path[1:], strict=False):
+            choices[row] = tokens[child]
+        choices[path[-1]] = after
+        return path, choices, tokens

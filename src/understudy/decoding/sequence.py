@@ -1,0 +1,136 @@
+"""One sequence being decoded: its state in the target and in the drafter, its law, its stops. The loop itself is in `engine`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from understudy.core.errors import UserError
+from understudy.core.records import Budget, Commit, Rows
+from understudy.core.seeds import generator
+from understudy.decoding.adaptive import AdaptiveLength, DraftLength, FixedLength
+from understudy.decoding.listeners import Listener, united_needs
+from understudy.decoding.request import DecodeParams
+from understudy.decoding.sampler import Chooser, RecordingSampler
+from understudy.decoding.stops import StopRule
+from understudy.drafting.protocols import Drafter, DraftSession
+from understudy.target.params import SamplingParams
+from understudy.target.processors import Processors
+from understudy.target.session import TargetSession
+from understudy.target.target import Target
+from understudy.telemetry.stopwatch import Stopwatch
+
+
+class DecodeSequence:
+    """Prefill a prompt, then iterate `engine.decode(sequence)`. A second `prefill` continues the same conversation.
+
+    `index` distinguishes the random streams of several sequences with one seed.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter,
+        params: DecodeParams = DecodeParams(),
+        sampling: SamplingParams = SamplingParams(),
+        stop: StopRule | None = None,
+        listeners: Iterable[Listener] = (),
+        index: int = 0,
+    ) -> None:
+        self.model, self.drafter_model = target, drafter
+        self.params, self.sampling, self.index = params, sampling, index
+        self.stop = StopRule(target.eos_ids) if stop is None else stop
+        self.listeners = tuple(listeners)
+        self.target = TargetSession(target, united_needs(drafter.needs, self.listeners))
+        self.draft: DraftSession = drafter.session(self.target)
+        self._seed()
+        steps = drafter.steps if params.steps is None else params.steps
+        self.length: DraftLength = AdaptiveLength(steps) if params.adaptive else FixedLength(steps)
+        self.watch = Stopwatch(target.device, params.detailed_timing)
+        self.prompt = 0  # tokens before the output of this turn
+        self.pending: Rows | None = None  # the last prompt rows, run but not yet committed
+        self.finished: str | None = None  # "stop" or "length" once the turn has ended
+
+    def _seed(self) -> None:
+        processors = Processors(self.sampling, self.model.vocab_size, sorted(self.stop.ids), self.model.device)
+        self.chooser = Chooser(processors, self.model.device, self.sampling.seed, self.index)
+        random = generator(self.model.device, self.sampling.seed, self.index, "draft")
+        self.recorder = RecordingSampler(processors, random, self.params.draft_sampling == "sample")
+
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and output so far."""
+        return self.target.tokens
+
+    @property
+    def output(self) -> list[int]:
+        """New tokens of this turn."""
+        return self.target.tokens[self.prompt :]
+
+    @property
+    def room(self) -> int:
+        """New tokens that this turn may still get."""
+        made = len(self.tokens) - self.prompt
+        return min(self.params.max_new_tokens - made, self.model.context - len(self.tokens))
+
+    def prefill(self, prompt: Sequence[int]) -> None:
+        """Run `prompt` after what is there, in chunks. The first new token is chosen by the first cycle of `decode`."""
+        if not prompt:
+            raise UserError("the prompt is empty")
+        if self.pending is not None:
+            raise UserError("this sequence is prefilled and waits to be decoded")
+        total = len(self.tokens) + len(prompt)
+        if total >= self.model.context:
+            raise UserError(f"the prompt has {total} tokens, the model's context is {self.model.context}: shorten the prompt")
+        self.target.cache.reserve(min(total + self.params.max_new_tokens, self.model.context) + self._widest())
+        todo = [*self.tokens[-1:], *prompt]
+        if not self.tokens:
+            self.tokens.append(todo[0])
+        chunk = self.params.prefill_chunk
+        for start in range(0, len(todo), chunk):
+            part = todo[start : start + chunk]
+            end = start + len(part)
+            rows = self.target.prefill(part, want_logits=end == len(todo))
+            if end < len(todo):
+                self.commit(rows, range(len(part)), [*part[1:], todo[end]])
+            else:
+                self.tokens.extend(part[1:])
+                self.pending = rows
+        self.prompt, self.finished = len(self.tokens), None
+        self.chooser.begin(self.tokens)
+
+    def _widest(self) -> int:
+        nodes = self.drafter_model.nodes
+        return max(self.drafter_model.steps, self.params.steps or 0, nodes or 0) + 1
+
+    def budget(self) -> Budget:
+        """Drafts worth making now: the last token of a turn is always the target's own."""
+        depth = max(0, min(self.length.depth(), self.room - 1))
+        return Budget(depth, self.drafter_model.nodes or depth)
+
+    def commit(self, rows: Rows, path: Sequence[int], new: list[int], stopped: bool = False) -> None:
+        """Make the rows on `path` and the tokens `new` part of the text, everywhere."""
+        self.target.commit(rows, path, new)
+        self.draft.observe(Commit(rows, path, new[-1], stopped))
+
+    def rewind(self, tokens: int) -> None:
+        """Go back to the first `tokens` tokens of the text, in the target and in the drafter. The turn is open again."""
+        self.target.rewind(tokens)
+        self.draft.rewind(tokens)
+        self.prompt, self.finished, self.pending = min(self.prompt, tokens), None, None
+        if self.chooser.history is not None:
+            self.chooser.history.truncate(len(self.output))
+
+    def fork(self, index: int) -> DecodeSequence:
+        """Another sequence that continues from here with random streams of its own: several samples from one prefill."""
+        copy = DecodeSequence.__new__(DecodeSequence)
+        copy.__dict__.update(self.__dict__)
+        copy.index = index
+        copy.target = self.target.fork()
+        copy.draft = self.draft.fork(copy.target)
+        copy._seed()
+        if self.chooser.history is not None:
+            copy.chooser.history = self.chooser.history.fork()
+        steps = self.drafter_model.steps if self.params.steps is None else self.params.steps
+        copy.length = AdaptiveLength(steps) if self.params.adaptive else FixedLength(steps)
+        copy.watch = Stopwatch(self.model.device, self.params.detailed_timing)
+        return copy

@@ -1,0 +1,1 @@
+"""One file or folder per drafter, found by listing this folder. They never import one another."""

@@ -1,0 +1,67 @@
+"""The contract between the engine and a drafter.
+
+A `Drafter` holds weights and configuration and is shared by all sequences; a `DraftSession` is the state of one sequence. Whatever
+a session proposes, the output law stays the target's: the engine verifies every token and records `q` itself.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from understudy.core.records import Budget, Commit, Needs, Proposal
+
+
+class View(Protocol):
+    """What a draft session sees of its sequence in the target."""
+
+    tokens: list[int]  # committed tokens, prompt included; the last one is in no cache yet
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def shallow(self, tokens: Tensor) -> Tensor:
+        """Run [n] tokens through layers [0, exit) of the target, into its own cache: hidden [n, D]."""
+
+    def exit_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [n, V] that the final norm and head read off hidden states [n, D]."""
+
+
+class DraftSampler(Protocol):
+    """Where drafts are chosen, so that the law they were drawn from is recorded by the engine and not claimed by the drafter."""
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """Draft tokens [n] from logits [n, V]: the argmax, or with `draft_sampling` a draw from the request's own law."""
+
+
+class DraftSession(Protocol):
+    """The state of one sequence.
+
+    `observe` is the only call that changes what the session knows of the text. What `propose` leaves behind (rows of a drafter's
+    own cache, say) is scratch: a cycle may be cancelled, and the next `propose` starts from the last `observe` again.
+    """
+
+    def observe(self, commit: Commit) -> None:
+        """Rows joined the text: a prefill chunk, or the accepted path of a cycle. `view.tokens` is already up to date."""
+
+    def propose(self, budget: Budget, sampler: DraftSampler) -> Proposal:
+        """Draft at most `budget.depth` tokens in a row and `budget.nodes` in all, from the last committed token on."""
+
+    def fork(self, view: View) -> Self:
+        """A session of its own that continues from here, on the forked sequence's view."""
+
+    def rewind(self, tokens: int) -> None:
+        """The text went back to its first `tokens` tokens."""
+
+
+class Drafter(nn.Module):
+    """Weights and configuration of a drafter. Subclasses set `steps` and `needs` and implement `session`."""
+
+    steps: int  # most drafts in a row per cycle
+    nodes: int | None = None  # most drafts per cycle for trees; None = `steps`
+    needs: Needs = Needs()
+
+    def session(self, view: View) -> DraftSession:
+        raise NotImplementedError

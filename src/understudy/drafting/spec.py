@@ -1,0 +1,105 @@
+"""SPEC: how a drafter introduces itself, and how `NAME[:PATH][,key=value...]` becomes a drafter.
+
+Drafters are found by listing `understudy.drafters`: each file or folder there exports one SPEC or several in `SPECS`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pydantic
+import yaml
+
+from understudy.core.config import Config, option
+from understudy.core.errors import UserError
+from understudy.drafting.protocols import Drafter
+from understudy.target.target import Target
+
+PACKAGE = "understudy.drafters"
+
+
+class DrafterConfig(Config):
+    """Options that every drafter has."""
+
+    steps: int = option(6, "most tokens drafted in a row per cycle", "num-speculative-tokens", ge=0)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One drafter: its name on the command line, its options, how it is built, and small instances for the contract tests."""
+
+    name: str
+    summary: str  # one line for `--help`
+    config: type[DrafterConfig]
+    build: Callable[[Any, Target, str | None], Drafter]  # (config, target, path)
+    tiny: Callable[[Target], list[Drafter]]  # instances for a small target, one per mode worth testing
+    takes_path: bool = False
+
+
+@cache
+def specs() -> dict[str, Spec]:
+    """All drafters, by name."""
+    package = importlib.import_module(PACKAGE)
+    found: dict[str, Spec] = {}
+    for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__)):
+        for spec in importlib.import_module(f"{PACKAGE}.{module}").SPECS:
+            assert spec.name not in found, f"two drafters are called {spec.name}"
+            found[spec.name] = spec
+    return found
+
+
+def parse(text: str) -> tuple[Spec, str | None, dict[str, str]]:
+    """`NAME[:PATH][,key=value...]` -> (spec, path, options as text)."""
+    head, *pairs = text.split(",")
+    name, _, path = head.partition(":")
+    name = name.strip().replace("_", "-")
+    if name not in specs():
+        near = difflib.get_close_matches(name, specs(), n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(f"unknown drafter {name!r}{hint}; known drafters: {', '.join(specs())}")
+    options = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"drafter option {pair!r} of {name} is not key=value")
+        options[key.strip().replace("-", "_")] = value.strip()
+    spec = specs()[name]
+    if path and not spec.takes_path:
+        raise UserError(f"drafter {name} takes no path (got {path!r})")
+    return spec, path or None, options
+
+
+def build(text: str, target: Target, **defaults: Any) -> Drafter:
+    """The drafter that `text` names, for `target`. `defaults` apply where `text` says nothing and the drafter has the option."""
+    spec, path, options = parse(text)
+    names = _aliases(spec.config)
+    values = {key: value for key, value in defaults.items() if key in spec.config.model_fields and value is not None}
+    for key, value in options.items():
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise UserError(f"drafter {spec.name} has no option {key!r}{hint}; it has: {', '.join(spec.config.model_fields)}")
+        values[names[key]] = yaml.safe_load(value) if value else value
+    try:
+        config = spec.config.model_validate(values)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"drafter {spec.name}: {where}: {first['msg']} (got {first['input']!r})") from error
+    return spec.build(config, target, path)
+
+
+def _aliases(config: type[Config]) -> dict[str, str]:
+    """Every accepted spelling of every field -> field name."""
+    names = {name: name for name in config.model_fields}
+    for name, info in config.model_fields.items():
+        extra = info.json_schema_extra
+        aliases = extra.get("aliases", []) if isinstance(extra, dict) else []
+        names |= {str(alias).replace("-", "_"): name for alias in aliases}  # type: ignore[union-attr]
+    return names
