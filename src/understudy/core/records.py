@@ -100,4 +100,6 @@ class Cycle:
     stopped: bool  # a stop token or stop string was met
     kv_before: dict[str, int]  # cache length per stage at the start of the round
     kv_after: dict[str, int]
-    seconds: dict[str, float] = field(default_factory=dict)  # of this round, by section: draft, verify, sample, cache, other
+    seconds: dict[str, float] = field(
+        default_factory=dict
+    )  # of this round, by section: draft, verify, sample, cache, other

@@ -84,4 +84,7 @@ def _finish(sequence: DecodeSequence, cycle: Cycle, path: Sequence[int]) -> Cycl
     cycle.seconds = sequence.watch.stop()
     if cycle.index:
         sequence.length.update(cycle)
+    else:
+        for section, seconds in sequence.prefill_seconds.items():
+            cycle.seconds[section] += seconds
     return cycle

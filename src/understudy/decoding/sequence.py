@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
+
 from understudy.core.errors import UserError
 from understudy.core.records import Budget, Commit, Rows
 from understudy.core.seeds import generator
@@ -46,6 +48,7 @@ class DecodeSequence:
         steps = drafter.steps if params.steps is None else params.steps
         self.length: DraftLength = AdaptiveLength(steps) if params.adaptive else FixedLength(steps)
         self.watch = Stopwatch(target.device, params.detailed_timing)
+        self.prefill_seconds: dict[str, float] = {}  # of this turn's prompt passes, by section; counted with cycle 0
         self.prompt = 0  # tokens before the output of this turn
         self.pending: Rows | None = None  # the last prompt rows, run but not yet committed
         self.finished: str | None = None  # "stop" or "length" once the turn has ended
@@ -80,23 +83,29 @@ class DecodeSequence:
             raise UserError("this sequence is prefilled and waits to be decoded")
         total = len(self.tokens) + len(prompt)
         if total >= self.model.context:
-            raise UserError(f"the prompt has {total} tokens, the model's context is {self.model.context}: shorten the prompt")
+            raise UserError(
+                f"the prompt has {total} tokens, the model's context is {self.model.context}: shorten the prompt"
+            )
+        self.watch.start()
         self.target.cache.reserve(min(total + self.params.max_new_tokens, self.model.context) + self._widest())
         todo = [*self.tokens[-1:], *prompt]
         if not self.tokens:
             self.tokens.append(todo[0])
         chunk = self.params.prefill_chunk
-        for start in range(0, len(todo), chunk):
-            part = todo[start : start + chunk]
-            end = start + len(part)
-            rows = self.target.prefill(part, want_logits=end == len(todo))
-            if end < len(todo):
-                self.commit(rows, range(len(part)), [*part[1:], todo[end]])
-            else:
-                self.tokens.extend(part[1:])
-                self.pending = rows
+        with torch.inference_mode():
+            for start in range(0, len(todo), chunk):
+                part = todo[start : start + chunk]
+                end = start + len(part)
+                rows = self.target.prefill(part, want_logits=end == len(todo))
+                if end < len(todo):
+                    self.commit(rows, range(len(part)), [*part[1:], todo[end]])
+                else:
+                    self.tokens.extend(part[1:])
+                    self.pending = rows
         self.prompt, self.finished = len(self.tokens), None
         self.chooser.begin(self.tokens)
+        self.watch.lap("verify")
+        self.prefill_seconds = self.watch.stop()
 
     def _widest(self) -> int:
         nodes = self.drafter_model.nodes
@@ -133,4 +142,5 @@ class DecodeSequence:
         steps = self.drafter_model.steps if self.params.steps is None else self.params.steps
         copy.length = AdaptiveLength(steps) if self.params.adaptive else FixedLength(steps)
         copy.watch = Stopwatch(self.model.device, self.params.detailed_timing)
+        copy.prefill_seconds = {}  # the prompt was run once, by the sequence that was forked
         return copy

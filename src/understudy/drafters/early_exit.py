@@ -9,6 +9,7 @@ is chosen by it, so it is legal for drawn drafts too.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from understudy.core.config import option
 from understudy.core.errors import UserError
@@ -24,7 +25,9 @@ class EarlyExitConfig(DrafterConfig):
     """Options of `early-exit`. The defaults are Kangaroo's."""
 
     exit_layer: int = option(2, "layers that draft: the first E", "exitlayer", "early-layer", ge=1)
-    threshold: float = option(0.6, "drafting stops after a draft whose probability is below this; 0 = never", ge=0, le=1)
+    threshold: float = option(
+        0.6, "drafting stops after a draft whose probability is below this; 0 = never", ge=0, le=1
+    )
 
 
 class EarlyExitSession(StatelessSession):
@@ -37,7 +40,8 @@ class EarlyExitSession(StatelessSession):
     def propose(self, budget: Budget, sampler: DraftSampler) -> Proposal:
         view = self.view
         token = torch.tensor(view.tokens[-1:], device=view.device)
-        states, drafts = [view.shallow(token)], []
+        states = [view.shallow(token)]
+        drafts: list[Tensor] = []
         while len(drafts) < budget.depth:
             logits = view.exit_logits(states[-1])
             token = sampler.draw(logits)

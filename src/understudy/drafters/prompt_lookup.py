@@ -11,8 +11,8 @@ from typing import Self
 
 import torch
 
-from understudy.core.errors import UserError
 from understudy.core.config import option
+from understudy.core.errors import UserError
 from understudy.core.records import Budget, Commit, Proposal
 from understudy.drafting.protocols import Drafter, DraftSampler, View
 from understudy.drafting.spec import DrafterConfig, Spec
@@ -78,7 +78,9 @@ class PromptLookupDrafter(Drafter):
 
 def build(config: PromptLookupConfig, target: Target, path: str | None) -> PromptLookupDrafter:
     if config.min_ngram > config.max_ngram:
-        raise UserError(f"drafter prompt-lookup: min_ngram ({config.min_ngram}) is above max_ngram ({config.max_ngram})")
+        raise UserError(
+            f"drafter prompt-lookup: min_ngram ({config.min_ngram}) is above max_ngram ({config.max_ngram})"
+        )
     return PromptLookupDrafter(config)
 
 

@@ -96,9 +96,13 @@ def build(config: SmallModelConfig, target: Target, path: str | None) -> SmallMo
         raise UserError("drafter small-model needs a model: small-model:PATH_OR_NAME")
     model = load_target(path, dtype=config.dtype, device=str(target.device))
     if target.tokenizer is not None and model.tokenizer.get_vocab() != target.tokenizer.get_vocab():
-        raise UserError(f"{path} has another tokenizer than {target.name}: a small-model drafter must share the target's vocabulary")
+        raise UserError(
+            f"{path} has another tokenizer than {target.name}: a small-model drafter must share the target's vocabulary"
+        )
     if model.vocab_size > target.vocab_size:
-        raise UserError(f"{path} has {model.vocab_size} output tokens, {target.name} only {target.vocab_size}: not a drafter for it")
+        raise UserError(
+            f"{path} has {model.vocab_size} output tokens, {target.name} only {target.vocab_size}: not a drafter for it"
+        )
     return SmallModelDrafter(model, config.steps)
 
 

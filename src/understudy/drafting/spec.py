@@ -84,7 +84,9 @@ def build(text: str, target: Target, **defaults: Any) -> Drafter:
         if key not in names:
             near = difflib.get_close_matches(key, names, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
-            raise UserError(f"drafter {spec.name} has no option {key!r}{hint}; it has: {', '.join(spec.config.model_fields)}")
+            raise UserError(
+                f"drafter {spec.name} has no option {key!r}{hint}; it has: {', '.join(spec.config.model_fields)}"
+            )
         values[names[key]] = yaml.safe_load(value) if value else value
     try:
         config = spec.config.model_validate(values)

@@ -112,7 +112,8 @@ def attention(
 
     `softcap` is Gemma 2's tanh cap on scores, `s_aux` GPT-OSS's [H] sink logits. `unused` holds what other backends take.
     """
-    at = module.understudy_pass.current
+    holder: PassHolder = module.understudy_pass  # type: ignore[assignment]
+    at = holder.current
     assert at is not None, "a stage of the target was called outside Target.forward"
     first = at.first_key(sliding_window)
     if first:

@@ -37,7 +37,9 @@ class KVCache(Cache):
                 if slab is not None:
                     slabs[i] = _grown(slab, self.capacity)
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
         """Write [1, Hkv, W, d] at rows [start, start + W) of a layer; return views of its first start + W rows."""
         keys, values = self.keys[layer_idx], self.values[layer_idx]
         if keys is None or values is None:
@@ -71,8 +73,9 @@ class KVCache(Cache):
         for slabs, copies in ((self.keys, copy.keys), (self.values, copy.values)):
             for i, slab in enumerate(slabs):
                 if slab is not None:
-                    copies[i] = torch.empty_like(slab)
-                    copies[i][:, :, :length] = slab[:, :, :length]
+                    own = torch.empty_like(slab)
+                    own[:, :, :length] = slab[:, :, :length]
+                    copies[i] = own
         return copy
 
     def rows(self, layer: int, length: int) -> tuple[Tensor, Tensor]:

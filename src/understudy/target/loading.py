@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from understudy.core.errors import UserError
+from understudy.target.memory import is_out_of_memory, what_would_fit
 from understudy.target.probe import probe
 from understudy.target.target import Target
 
@@ -106,9 +107,9 @@ def _weights(name: str, config: Any, kwargs: dict[str, Any]) -> nn.Module:
     auto = AutoModelForCausalLM if known else AutoModelForImageTextToText
     try:
         model: nn.Module = auto.from_pretrained(name, **kwargs)
-    except torch.OutOfMemoryError as error:
-        raise out_of_memory(error, name) from error
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise UserError(what_would_fit(f"loading {name}")) from error
         raise UserError(f"cannot load {name} as a causal language model: {_first_line(error)}") from error
     return model
 
@@ -116,9 +117,9 @@ def _weights(name: str, config: Any, kwargs: dict[str, Any]) -> nn.Module:
 def _to(model: nn.Module, device: str) -> nn.Module:
     try:
         return model.to(device)
-    except torch.OutOfMemoryError as error:
-        raise out_of_memory(error, "the model") from error
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise UserError(what_would_fit(f"putting the model on {device}")) from error
         raise UserError(f"cannot put the model on device {device!r}: {_first_line(error)}") from error
 
 
@@ -135,24 +136,25 @@ def _refuse_recurrent(config: Any, name: str) -> None:
     """Recurrent state is a running sum: it cannot drop the last rows, so drafts that were rejected would stay in it."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     kinds = {kind for kind in getattr(text, "layer_types", None) or () if any(k in kind for k in RECURRENT_KINDS)}
-    stateful = {"mamba", "mamba2", "rwkv", "falcon_mamba", "recurrent_gemma", "jamba", "bamba", "zamba", "zamba2", "xlstm"}
+    stateful = {
+        "mamba",
+        "mamba2",
+        "rwkv",
+        "falcon_mamba",
+        "recurrent_gemma",
+        "jamba",
+        "bamba",
+        "zamba",
+        "zamba2",
+        "xlstm",
+    }
     if getattr(text, "is_encoder_decoder", False):
         raise UserError(f"{name} is an encoder-decoder model: only decoder-only language models can be targets")
     if kinds or text.model_type in stateful:
         what = ", ".join(sorted(kinds)) or text.model_type
-        raise UserError(f"{name} is recurrent ({what}): its state cannot be rewound past rejected drafts, so it cannot be a target")
-
-
-def out_of_memory(error: BaseException, what: str) -> UserError:
-    """One line that says what would fit: how much there is, and the knobs that make it enough."""
-    room = ""
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        room = f" ({free / 2**30:.1f} of {total / 2**30:.1f} GiB free)"
-    return UserError(
-        f"out of memory with {what}{room}: try --dtype bfloat16, a quantised checkpoint, --device-map auto, a shorter prompt"
-        f" or a smaller --max-new-tokens"
-    )
+        raise UserError(
+            f"{name} is recurrent ({what}): its state cannot be rewound past rejected drafts, so it cannot be a target"
+        )
 
 
 def _first_line(error: BaseException) -> str:

@@ -35,7 +35,9 @@ def probe(target: Target, feature: str, exit_layer: int | None = None) -> None:
     limit = TOLERANCE.get(target.dtype, HALF_TOLERANCE)
     worst = ((got.float() - want.float()).abs().max() / want.float().abs().max().clamp_min(1e-6)).item()
     if not worst <= limit:
-        raise UserError(_refusal(target, feature, f"logits differ by {worst:.2g} of the largest one (at most {limit:g})"))
+        raise UserError(
+            _refusal(target, feature, f"logits differ by {worst:.2g} of the largest one (at most {limit:g})")
+        )
     target.checked.add(key)
 
 

@@ -140,14 +140,17 @@ class Processors:
 
         `rows`: `History.rows` of the same N rows, required if `needs_history`. Nothing comes to the host.
         """
-        params, out = self.params, logits.float()
+        out = logits.float()
         if self._bias is not None:
             out = out + self._bias
         if self.needs_history:
             assert rows is not None, "these processors need the rows' histories"
             out = self._with_history(out, rows)
-        if self.greedy:
-            return out
+        return out if self.greedy else self.warp(out)
+
+    def warp(self, logits: Tensor) -> Tensor:
+        """The filters alone, without bias, penalties and masks: logits [N, V] of any dtype -> [N, V] fp32. What drafts are drawn by."""
+        params, out = self.params, logits.float()
         if params.temperature != 1.0:
             out = out / params.temperature
         return laws.truncate(out, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p)

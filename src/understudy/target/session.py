@@ -19,10 +19,9 @@ from understudy.target.target import Target
 class TargetSession:
     """The state of one sequence. Also the view of the target that a draft session gets."""
 
-    def __init__(self, target: Target, needs: Needs = Needs(), capacity: int = 0) -> None:
+    def __init__(self, target: Target, needs: Needs = Needs()) -> None:
         self.target, self.needs = target, needs
         self.cache = target.cache()
-        self.cache.reserve(capacity)
         self.tokens: list[int] = []  # committed, prompt included
         self.length = 0  # rows of the whole model in the cache
         self.written = 0  # rows in the cache after the latest pass, committed or not

@@ -49,7 +49,7 @@ class Stage:
     A tap t (0 = embeddings, i = output of the i-th layer counted from 1) is captured while `wanted` holds it.
     """
 
-    def __init__(self, decoder: nn.Module, first: int, end: int) -> None:
+    def __init__(self, decoder: Any, first: int, end: int) -> None:
         total = len(decoder.layers)
         config = copy.deepcopy(decoder.config)
         config._attn_implementation = NAME
@@ -143,7 +143,7 @@ class Head(nn.Module):
     Where the bare output projection gives bit for bit the same, it is called directly.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         whole = copy.copy(model)
         whole._modules = dict(model._modules)

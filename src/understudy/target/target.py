@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from understudy.core.errors import UserError
 from understudy.target.attention import Pass
@@ -20,7 +20,7 @@ class Target:
     Stages are built when first asked for and share the model's tensors; `model` itself is never changed.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any = None, name: str = "") -> None:
+    def __init__(self, model: Any, tokenizer: Any = None, name: str = "") -> None:
         decoder = model.get_decoder()
         if missing := [part for part in ("layers", "norm", "embed_tokens") if not hasattr(decoder, part)]:
             raise UserError(f"{type(model).__name__} is not supported: its decoder has no .{missing[0]}")

@@ -1,0 +1,159 @@
+"""The library's front door: load a model with a drafter, generate, stream cycles, plug into transformers' `generate`.
+
+import understudy
+
+engine = understudy.load(drafter="prompt-lookup")          # the built-in model; or a name, a path, a loaded model
+print(understudy.generate(engine, "Write `def add(a, b)`.").text)
+for cycle in understudy.stream(engine, "Write `def add(a, b)`."):
+    print(cycle.committed)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from understudy.assets import pocket_path
+from understudy.core.errors import UserError
+from understudy.core.records import Cycle
+from understudy.data.conversations import Message
+from understudy.data.prompts import render
+from understudy.decoding.engine import decode
+from understudy.decoding.listeners import Listener
+from understudy.decoding.request import DecodeParams
+from understudy.decoding.sequence import DecodeSequence
+from understudy.decoding.stats import Stats
+from understudy.decoding.stops import StopRule
+from understudy.drafting.protocols import Drafter
+from understudy.drafting.spec import build
+from understudy.target.loading import load_target
+from understudy.target.memory import memory_guard
+from understudy.target.params import SamplingParams, params_from_generation_config
+from understudy.target.target import Target
+
+POCKET = "pocket"
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A target with a drafter, ready to decode any number of texts."""
+
+    target: Target
+    drafter: Drafter
+
+    def ids(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt: text becomes a user turn, messages go through the chat template, ids stay as they are."""
+        if isinstance(prompt, str):
+            if not prompt.strip():
+                raise UserError("the prompt is empty: give some text to answer")
+            prompt = [{"role": "user", "content": prompt}]
+        if not prompt:
+            raise UserError("the prompt is empty: give some text to answer")
+        if isinstance(prompt[0], int):
+            return list(prompt)  # type: ignore[arg-type]
+        messages = [Message(m["role"], m["content"]) for m in prompt]  # type: ignore[index]
+        return render(self._tokenizer(), messages)
+
+    def text(self, ids: Sequence[int], stop: StopRule | None = None) -> str:
+        """Text of new tokens, cut before a stop string, without special tokens."""
+        text: str = self._tokenizer().decode(list(ids), skip_special_tokens=True)
+        return stop.trim(text) if stop else text
+
+    def stop_rule(self, strings: Sequence[str] = (), ignore_eos: bool = False) -> StopRule:
+        ids = () if ignore_eos else self.target.eos_ids
+        return StopRule(ids, strings, self._tokenizer().decode if strings else None)
+
+    def sequence(
+        self,
+        *,
+        stop: StopRule | None = None,
+        listeners: Iterable[Listener] = (),
+        index: int = 0,
+        **options: Any,
+    ) -> DecodeSequence:
+        """A sequence to prefill and decode. `options` are the fields of `DecodeParams` and `SamplingParams`.
+
+        Sampling options that are not given come from the model's own generation config.
+        """
+        unknown = sorted(set(options) - set(DecodeParams.model_fields) - set(SamplingParams.model_fields))
+        if unknown:
+            raise UserError(f"unknown option {unknown[0]!r} of generate")
+        decoding = {k: v for k, v in options.items() if k in DecodeParams.model_fields}
+        sampling = {k: v for k, v in options.items() if k in SamplingParams.model_fields}
+        law = params_from_generation_config(getattr(self.target.model, "generation_config", None), **sampling)
+        return DecodeSequence(self.target, self.drafter, DecodeParams(**decoding), law, stop, listeners, index)
+
+    def _tokenizer(self) -> Any:
+        if self.target.tokenizer is None:
+            raise UserError("this model was given without a tokenizer: pass token ids, or load(..., tokenizer=...)")
+        return self.target.tokenizer
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished text: new tokens, their text, why it ended ("stop" or "length") and what decoding did."""
+
+    tokens: list[int]
+    text: str | None
+    finished: str
+    stats: Stats
+
+
+def load(
+    model: str | Path | nn.Module | Target | None = None, drafter: str | Drafter = "prompt-lookup", **options: Any
+) -> Engine:
+    """An Engine. `model`: a Hugging Face name, a folder, a loaded model, or nothing for the built-in one.
+
+    `drafter`: `NAME[:PATH][,key=value...]` or a Drafter. `options` go to `load_target`: tokenizer, dtype, device, device_map, ...
+    """
+    if not isinstance(model, Target):
+        model = load_target(pocket_path() if model is None or model == POCKET else model, **options)
+    return Engine(model, build(drafter, model) if isinstance(drafter, str) else drafter)
+
+
+def stream(
+    engine: Engine, prompt: Prompt, *, stop: Sequence[str] = (), ignore_eos: bool = False, **options: Any
+) -> Iterator[Cycle]:
+    """Decode `prompt` and yield every cycle as it is committed; `cycle.committed` holds the new tokens."""
+    sequence = engine.sequence(stop=engine.stop_rule(stop, ignore_eos), **options)
+    with memory_guard(engine.target):
+        sequence.prefill(engine.ids(prompt))
+        yield from decode(sequence)
+
+
+def generate(
+    engine: Engine,
+    prompt: Prompt,
+    *,
+    n: int = 1,
+    stop: Sequence[str] = (),
+    ignore_eos: bool = False,
+    listeners: Iterable[Listener] = (),
+    **options: Any,
+) -> Any:
+    """The answer to `prompt` as a Generation; with n > 1 a list of n of them, sampled from one prefill.
+
+    `options` are the fields of `DecodeParams` (max_new_tokens, steps, adaptive, draft_sampling, ...) and of `SamplingParams`
+    (temperature, top_p, seed, ...).
+    """
+    rule = engine.stop_rule(stop, ignore_eos)
+    first = engine.sequence(stop=rule, listeners=listeners, **options)
+    with memory_guard(engine.target):
+        first.prefill(engine.ids(prompt))
+        sequences = [first, *(first.fork(index) for index in range(1, n))]
+        done = [_finish(engine, sequence, rule) for sequence in sequences]
+    return done[0] if n == 1 else done
+
+
+def _finish(engine: Engine, sequence: DecodeSequence, rule: StopRule) -> Generation:
+    stats = Stats()
+    for cycle in decode(sequence):
+        stats.add(cycle)
+    text = engine.text(sequence.output, rule) if engine.target.tokenizer is not None else None
+    assert sequence.finished is not None
+    return Generation(sequence.output, text, sequence.finished, stats)

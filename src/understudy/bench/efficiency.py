@@ -1,0 +1,147 @@
+"""How much of what the model allows the engine delivers.
+
+    efficiency = measured decode speed-up / (tau * t(1) / (t_draft + t_verify))
+
+A cycle commits tau tokens for one draft and one verify, plain decoding one token for one pass over one row; the quotient in the
+denominator is the speed-up of an engine that costs nothing. The three times are taken alone, in the same process: at the same
+states of the same texts, by calling just that part, several times with a rewind between, in turns, so that a machine that slows
+down slows all three. Median per state, mean over states.
+
+Cycles differ: a look-up finds nothing and the cycle is a plain step, or confidence ends a draft early. So states are sampled
+evenly over cycles, and the means are weighted by how often each draft length occurred in the measured run.
+
+Model time is time inside the layers and heads of target and drafter. Whether drafting runs a model at all is seen here too, by
+whether it multiplies matrices; if it does not (prompt lookup), its time counts as overhead.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from understudy.bench.modes import EngineMode, Turn, now, undisturbed
+from understudy.core.records import Proposal
+from understudy.decoding.engine import decode
+from understudy.decoding.sequence import DecodeSequence
+
+STATES, PROMPTS, TRIES = 48, 8, 5
+PRODUCTS = ("mm", "linear", "matmul", "attention", "conv")  # in the names of the operations that models are made of
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One state: median seconds of each part, alone."""
+
+    width: int  # drafted tokens
+    one: float  # a pass over one row
+    draft: float
+    verify: float
+
+
+@dataclass(frozen=True)
+class Alone:
+    """Mean seconds of the parts of a cycle, each timed alone."""
+
+    one: float
+    draft: float
+    verify: float
+    states: int
+    runs_model: bool  # drafting multiplies matrices
+
+    def ideal(self, tau: float) -> float:
+        """The decode speed-up of an engine without overhead."""
+        return tau * self.one / (self.draft + self.verify)
+
+    def as_json(self) -> dict[str, Any]:
+        names = {"one_row": self.one, "draft": self.draft, "verify": self.verify}
+        return {**{f"{name}_ms": 1000 * seconds for name, seconds in names.items()}, "states": self.states}
+
+
+class _Watcher(TorchDispatchMode):
+    """Notes whether anything under it multiplies matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen = self.seen or any(name in func.__name__ for name in PRODUCTS)
+        return func(*args, **(kwargs or {}))
+
+
+def alone(mode: EngineMode, prompts: Sequence[list[int]], turns: Sequence[Turn], limit: int) -> Alone | None:
+    """Time the parts of `mode`'s cycles. `turns`: its measured answers to `prompts`. None if there was no cycle at all."""
+    busy = [i for i, turn in enumerate(turns) if turn.stats.cycles]
+    if not busy:
+        return None
+    chosen = busy[:: -(-len(busy) // PROMPTS)]
+    stride = max(1, sum(turns[i].stats.cycles for i in chosen) // STATES)
+    samples: list[Sample] = []
+    watcher, count = _Watcher(), stride // 2
+    with undisturbed():
+        for index in chosen:
+            sequence = mode.sequence(prompts[index], index, limit)
+            for _ in decode(sequence):
+                if count % stride == 0 and sequence.finished is None:
+                    if not watcher.seen:
+                        with watcher:
+                            _propose(sequence)
+                        _reset(sequence)
+                    samples.append(_sample(sequence))
+                count += 1
+    return _mean(samples, sum((turn.widths for turn in turns), Counter()), watcher.seen)
+
+
+def _sample(sequence: DecodeSequence) -> Sample:
+    """Each part TRIES times, in turns, with the sequence back where it was after each."""
+    device, target = sequence.target.device, sequence.target
+    seconds: dict[str, list[float]] = defaultdict(list)
+    width = 0
+    for _ in range(TRIES):
+        t0 = now(device)
+        target.verify(None)
+        t1 = now(device)
+        _reset(sequence)
+        t2 = now(device)
+        proposal = _propose(sequence)
+        t3 = now(device)
+        target.verify(proposal)
+        t4 = now(device)
+        _reset(sequence)
+        width = proposal.tokens.shape[0] if proposal else 0
+        for name, spent in (("one", t1 - t0), ("draft", t3 - t2), ("verify", t4 - t3)):
+            seconds[name].append(spent)
+    return Sample(width, *(median(seconds[name]) for name in ("one", "draft", "verify")))
+
+
+def _propose(sequence: DecodeSequence) -> Proposal | None:
+    """What the engine would ask for now."""
+    budget = sequence.budget()
+    return sequence.draft.propose(budget, sequence.recorder.begin()) if budget.depth else None
+
+
+def _reset(sequence: DecodeSequence) -> None:
+    """Forget what was run since the last commit."""
+    sequence.target.rewind(len(sequence.tokens))
+
+
+def _mean(samples: Sequence[Sample], widths: Counter[int], runs_model: bool) -> Alone | None:
+    """Means over the sampled states, weighted so that each draft length counts as often as it occurred."""
+    if not samples:
+        return None
+    groups: dict[int, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        groups[sample.width].append(sample)
+    draft = verify = 0.0
+    for width, cycles in widths.items():
+        group = groups[min(groups, key=lambda known: abs(known - width))]
+        draft += cycles * fmean(s.draft for s in group)
+        verify += cycles * fmean(s.verify for s in group)
+    total = sum(widths.values())
+    return Alone(fmean(s.one for s in samples), draft / total, verify / total, len(samples), runs_model)

@@ -1,0 +1,48 @@
+"""Who takes part: the modes of a run, from its options."""
+
+from __future__ import annotations
+
+from understudy.bench.config import BenchConfig
+from understudy.bench.huggingface import METHODS, HuggingFaceMode
+from understudy.bench.modes import EngineMode, Mode
+from understudy.decoding.request import DecodeParams
+from understudy.decoding.stops import StopRule
+from understudy.drafting.spec import build, specs
+from understudy.target.params import SamplingParams, params_from_generation_config
+from understudy.target.target import Target
+
+PLAIN, WRONG = "none", "null"  # the baselines that are drafters of ours: the denominator, and the one that must lose
+
+
+def law(config: BenchConfig, target: Target) -> SamplingParams:
+    """What the target's generation config and the options ask for together."""
+    return params_from_generation_config(getattr(target.model, "generation_config", None), **config.sampling())
+
+
+def line_up(config: BenchConfig, target: Target) -> list[Mode]:
+    """All modes: baselines first, `none` before all, then the drafters as given. A name stands once."""
+    sampling = law(config, target)
+    stop_ids = () if config.ignore_eos else target.eos_ids
+    given = config.drafters() or [name for name, spec in specs().items() if not spec.takes_path and name not in (PLAIN, WRONG)]
+    baselines = [name for name in config.all_baselines() if name == PLAIN or name not in given]
+
+    def engine(text: str, steps: int | None, adaptive: bool = False) -> EngineMode:
+        params = DecodeParams(
+            max_new_tokens=config.max_new_tokens,
+            adaptive=adaptive,
+            draft_sampling=config.draft_sampling,
+            detailed_timing=config.detailed_timing,
+        )
+        drafter = build(text, target, steps=steps)
+        return EngineMode(text, target, drafter, params, sampling, StopRule(stop_ids), config.verbose)
+
+    drafters = [engine(text, config.steps, config.adaptive) for text in given if text != PLAIN]
+    # the honest loser drafts as many tokens as the widest drafter beside it
+    widest = max((mode.drafter.steps for mode in drafters), default=0)
+    beside: list[Mode] = []
+    for name in baselines:
+        if name in METHODS:
+            beside.append(HuggingFaceMode(name, target, sampling, stop_ids, given, config.steps))
+        else:
+            beside.append(engine(name, widest or config.steps))
+    return [*beside, *drafters]

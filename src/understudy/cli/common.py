@@ -1,0 +1,54 @@
+"""Options that commands share. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from understudy.core.config import Config, option
+
+if TYPE_CHECKING:
+    from understudy.target.target import Target
+
+MODEL_ALIASES = ("model-id", "model-path", "target-model", "target-model-path", "model-name")
+
+
+class ModelOptions(Config):
+    """Which target, and how it is loaded."""
+
+    model: str = option("pocket", "target: the built-in 'pocket', a Hugging Face name or a folder", *MODEL_ALIASES)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "dtype of the weights; auto = as saved")
+    device: str | None = option(None, "cpu, cuda, cuda:1, mps, ...; default: the best there is")
+    device_map: str | None = option(None, "let transformers place the weights, e.g. auto")
+    revision: str | None = option(None, "branch, tag or commit of a model on the hub")
+    trust_remote_code: bool = option(False, "allow modelling code that comes with the model to run here")
+    threads: int | None = option(None, "CPU threads", ge=1)
+
+
+def load(options: ModelOptions) -> Target:
+    """The target that the options name."""
+    import huggingface_hub
+    import torch
+    import transformers
+
+    from understudy.assets import pocket_path
+    from understudy.target.loading import load_target
+
+    # what these libraries would say at length, an error says in one line
+    huggingface_hub.utils.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    return load_target(
+        pocket_path() if options.model == "pocket" else options.model,
+        dtype=options.dtype,
+        device=options.device,
+        device_map=options.device_map,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def given(config: Config, group: type[Config]) -> dict[str, Any]:
+    """The fields of `group` that somebody set: what is not set comes from the model's generation config or a default."""
+    return {name: getattr(config, name) for name in config.model_fields_set & set(group.model_fields)}

@@ -1,0 +1,175 @@
+"""`understudy generate`: continue a prompt, a file of prompts, or a conversation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from understudy.cli.common import ModelOptions, given, load
+from understudy.cli.options import config_command
+from understudy.core.config import option
+from understudy.core.errors import UserError
+from understudy.decoding.request import DecodeParams
+from understudy.target.params import SamplingParams
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from understudy.api import Engine
+    from understudy.data.prompts import Prompt
+
+
+class GenerateConfig(SamplingParams, DecodeParams, ModelOptions):
+    """Options of `understudy generate`."""
+
+    drafter: str = option("prompt-lookup", "NAME[:PATH][,key=value...]; none = plain decoding")
+    prompt: str | None = option(None, "text to answer")
+    file: Path | None = option(
+        None, 'JSON Lines file of prompts ({"prompt"}, {"turns"}, ShareGPT, OpenAI), or a text file'
+    )
+    interactive: bool = option(False, "a conversation at the terminal; /reset starts over, Ctrl-D ends it")
+    system: str | None = option(None, "system message")
+    raw: bool = option(False, "continue the text as it is, without the chat template")
+    num_prompts: int | None = option(None, "prompts of --file to answer; default all", "num-samples", ge=1)
+    n: int = option(1, "answers per prompt, sampled from one prefill", ge=1)
+    stop: list[str] = option([], "end the answer before this text (repeatable)")
+    ignore_eos: bool = option(False, "go on after stop tokens")
+    output: Path | None = option(None, "JSON Lines file for prompts, answers, tokens and statistics")
+
+
+@config_command(GenerateConfig)
+def command(config: GenerateConfig) -> None:
+    """Continue a prompt, a file of prompts, or a conversation.
+
+    Accepted drafts are coloured; the tokens that the target added itself are plain.
+    """
+    chosen = [name for name in ("prompt", "file", "interactive") if getattr(config, name)]
+    if len(chosen) != 1:
+        raise UserError("give one of --prompt TEXT, --file FILE or --interactive")
+    prompts = _prompts(config)
+
+    from rich.console import Console
+
+    from understudy.api import Engine
+    from understudy.drafting.spec import build
+
+    target = load(config)
+    engine = Engine(target, build(config.drafter, target))
+    console = Console(highlight=False)
+    if config.interactive:
+        return _converse(engine, config, console)
+    rows = [_answer(engine, config, console, prompt) for prompt in prompts]
+    if config.output is not None:
+        from understudy.core.files import write_text
+
+        write_text(config.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return None
+
+
+def _prompts(config: GenerateConfig) -> list[Prompt]:
+    from understudy.data.conversations import Message
+    from understudy.data.prompts import Prompt, load_prompts, text_prompt
+
+    if config.prompt is not None:
+        prompts = [text_prompt(config.prompt)]
+    elif config.file is None:
+        return []
+    elif config.file.suffix in (".jsonl", ".json"):
+        prompts = load_prompts(config.file, config.num_prompts)
+    else:
+        try:
+            prompts = [text_prompt(config.file.read_text(encoding="utf-8"), str(config.file))]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {config.file}: {error}") from error
+    if config.system is None:
+        return prompts
+    return [Prompt(p.id, (Message("system", config.system), *p.messages), p.turns) for p in prompts]
+
+
+def _options(config: GenerateConfig) -> dict[str, Any]:
+    return given(config, DecodeParams) | given(config, SamplingParams)
+
+
+def _ids(engine: Engine, config: GenerateConfig, prompt: Prompt) -> list[int]:
+    from understudy.data.prompts import render
+
+    if engine.target.tokenizer is None:
+        raise UserError(f"{config.model} has no tokenizer: text cannot be turned into tokens")
+    if config.raw:
+        text = "\n".join(m.content for m in prompt.messages)
+        return list(engine.target.tokenizer(text)["input_ids"])
+    return render(engine.target.tokenizer, prompt.messages)
+
+
+def _answer(engine: Engine, config: GenerateConfig, console: Console, prompt: Prompt) -> dict[str, Any]:
+    """Answer one prompt `n` times from one prefill; the record for --output."""
+    from understudy.cli.text import Printer, statistics
+    from understudy.decoding.engine import decode
+    from understudy.decoding.stats import Stats
+    from understudy.target.memory import memory_guard
+
+    rule = engine.stop_rule(config.stop, config.ignore_eos)
+    with memory_guard(engine.target):
+        first = engine.sequence(stop=rule, **_options(config))
+        first.prefill(_ids(engine, config, prompt))
+        answers, total = [], Stats()
+        for sequence in [first, *(first.fork(i) for i in range(1, config.n))]:
+            printer, stats = Printer(console, engine.target.tokenizer, rule), Stats()
+            for cycle in decode(sequence):
+                stats.add(cycle)
+                printer.show(cycle)
+            printer.end()
+            console.print(f"[dim]{statistics(stats, config.drafter)}[/dim]", soft_wrap=True)
+            total.merge(stats)
+            answers.append(
+                {"text": engine.text(sequence.output, rule), "tokens": sequence.output, "finished": sequence.finished}
+            )
+    return {
+        "id": prompt.id,
+        "messages": [m.as_dict() for m in prompt.messages],
+        "answers": answers,
+        "drafter": config.drafter,
+        "stats": total.summary(),
+    }
+
+
+def _converse(engine: Engine, config: GenerateConfig, console: Console) -> None:
+    """Turns at the terminal. What the new conversation shares with the cache is not run again."""
+    from understudy.cli.text import Printer, common_prefix, statistics
+    from understudy.data.conversations import Message
+    from understudy.data.prompts import render
+    from understudy.decoding.engine import decode
+    from understudy.decoding.stats import Stats
+
+    system = [Message("system", config.system)] if config.system else []
+    rule = engine.stop_rule(config.stop, config.ignore_eos)
+    messages, sequence = list(system), engine.sequence(stop=rule, **_options(config))
+    while True:
+        try:
+            text = console.input("[bold]> [/bold]").strip()
+        except EOFError:
+            return console.print()
+        if text == "/reset":
+            messages = list(system)
+        if not text or text == "/reset":
+            continue
+        messages.append(Message("user", text))
+        ids = render(engine.target.tokenizer, messages)
+        keep = min(common_prefix(sequence.tokens, ids), len(ids) - 1)
+        sequence.rewind(keep)
+        printer, stats = Printer(console, engine.target.tokenizer, rule), Stats()
+        try:
+            sequence.prefill(ids[keep:])
+            for cycle in decode(sequence):
+                stats.add(cycle)
+                printer.show(cycle)
+        except UserError as error:
+            console.print(f"[red]{error}[/red] (/reset starts over)")
+            messages.pop()
+            continue
+        except KeyboardInterrupt:
+            console.print("[dim](stopped)[/dim]", end="")
+        printer.end()
+        console.print(f"[dim]{statistics(stats, config.drafter)}; {keep} of {len(ids)} prompt tokens reused[/dim]")
+        messages.append(Message("assistant", engine.text(sequence.output, rule)))

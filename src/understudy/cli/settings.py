@@ -1,0 +1,201 @@
+"""From what was typed and what a YAML file says to one validated Config, or to one line that says what is wrong.
+
+Precedence: flag > YAML > default. An unknown key is an error, and so are two names of one option with unequal values.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import pydantic
+import yaml
+from pydantic.fields import FieldInfo
+
+from understudy.cli import spell
+from understudy.core.config import Config
+from understudy.core.errors import UserError
+
+C = TypeVar("C", bound=Config)
+
+
+@dataclass(frozen=True)
+class Given:
+    """A value that somebody gave, and what to call it in a message: the flag as typed, or `key in file.yaml`."""
+
+    label: str
+    value: Any
+
+
+def names_of(name: str, field: FieldInfo) -> list[str]:
+    """The hyphenated names of a field, the canonical one first."""
+    extra = field.json_schema_extra
+    aliases = extra.get("aliases", []) if isinstance(extra, dict) else []
+    assert isinstance(aliases, list)
+    return [spell(str(n)) for n in (name, *aliases)]
+
+
+def kind_of(annotation: Any) -> tuple[Any, bool]:
+    """The type of one value of a field, and whether the field takes several: `list[int] | None` -> (int, True).
+
+    A mapping takes several KEY=VALUE pairs: `dict[int, float]` -> (dict, True).
+    """
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return kind_of(args[0])
+    if origin in (Union, types.UnionType):
+        present = [a for a in args if a is not type(None)]
+        return kind_of(present[0]) if len(present) == 1 else (str, False)
+    if origin is dict:
+        return dict, True
+    if origin in (list, tuple, set, frozenset) or origin is typing.get_origin(Sequence[str]):
+        return kind_of(args[0])[0], True
+    return annotation, False
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal values, however written: `5e-5` and `0.00005` are."""
+    if a == b:
+        return True
+    try:
+        return float(a) == float(b)
+    except (TypeError, ValueError):
+        return False
+
+
+def by_field(config: type[Config], entries: Iterable[tuple[str, Given]]) -> dict[str, Given]:
+    """Sort (hyphenated name, value) entries by field; the names must be known."""
+    field_of = {alias: name for name, field in config.model_fields.items() for alias in names_of(name, field)}
+    found: dict[str, Given] = {}
+    for alias, given in entries:
+        name = field_of[alias]
+        if name in found and not _same(found[name].value, given.value):
+            raise UserError(f"{found[name].label} and {given.label} are one option and have different values; give one")
+        found.setdefault(name, given)
+    return found
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key stands once: of two equal ones, one would be ignored."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: list[Any] = []
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' stands twice", key.start_mark)
+            seen.append(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(config: type[Config], path: Path) -> dict[str, Given]:
+    """The options in a YAML file, by field. Keys take hyphens or underscores, and every alias."""
+    try:
+        with path.open(encoding="utf-8") as text:
+            content = yaml.load(text, _StrictLoader)
+    except OSError as error:
+        raise UserError(f"cannot read --config {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--config {path} is not a text file in UTF-8") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise UserError(f"{path} is not valid YAML: line {line}: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(content, dict | None):
+        raise UserError(f"{path} must hold `option: value` lines, not a {type(content).__name__}")
+    known = [alias for name, field in config.model_fields.items() for alias in names_of(name, field)]
+    entries = []
+    for key, value in (content or {}).items():
+        alias = spell(str(key))
+        if alias not in known:
+            near = difflib.get_close_matches(alias, known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else "--help lists the known ones"
+            raise UserError(f"unknown key '{key}' in {path}; {hint}")
+        entries.append((alias, Given(f"{key} in {path}", value)))
+    return by_field(config, entries)
+
+
+def show(value: Any) -> str:
+    """A value inside a message: text without quotes unless it is empty or has blanks, and never long."""
+    plain = isinstance(value, str) and value and not any(c.isspace() for c in value)
+    text = value if plain else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+_WHOLE, _NUMBER, _SWITCH, _TEXT = "must be a whole number", "must be a number", "must be true or false", "must be text"
+_SAYS = {  # pydantic's error type -> our words; {ge} and the like come from its context
+    "greater_than_equal": "must be at least {ge}",
+    "greater_than": "must be more than {gt}",
+    "less_than_equal": "must be at most {le}",
+    "less_than": "must be less than {lt}",
+    "literal_error": "must be one of {expected}",
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float", "int_parsing_size"), _WHOLE),
+    **dict.fromkeys(("float_parsing", "float_type"), _NUMBER),
+    "finite_number": "must be a finite number",
+    **dict.fromkeys(("bool_parsing", "bool_type"), _SWITCH),
+    "string_type": _TEXT,
+    "path_type": "must be a path",
+    **dict.fromkeys(("list_type", "tuple_type"), "must be a list"),
+}
+
+
+def _say(error: Any, given: dict[str, Given]) -> str:
+    """One pydantic error in our words, beginning with the option as it was typed."""
+    kind, where, context = error["type"], error["loc"], error.get("ctx", {})
+    name = str(where[0]) if where else ""
+    label = given[name].label if name in given else f"--{spell(name)}"
+    if kind == "missing":
+        return f"{label} is required"
+    if kind in ("value_error", "assertion_error"):
+        own = str(context["error"])
+        return f"{label}: {own}" if name else own
+    if kind in ("string_too_short", "too_short") and not error["input"]:
+        return f"{label} must not be empty"
+    bounds = {key: int(v) if isinstance(v, float) and v.is_integer() else v for key, v in context.items()}
+    words = _SAYS[kind].format(**bounds) if kind in _SAYS else error["msg"].replace("Input should", "must")
+    got = "null" if error["input"] is None else show(error["input"])
+    if kind in ("string_type", "path_type"):  # only YAML gives what is not text: a number, a date, null
+        got += "; quote it in YAML to mean the word"
+    return f"{label} {words} (got {got})"
+
+
+def explain(error: pydantic.ValidationError, given: dict[str, Given]) -> str:
+    """A validation error as one line: one clause per option that is wrong."""
+    first: dict[Any, str] = {}
+    for item in error.errors(include_url=False):
+        first.setdefault(item["loc"][:1], _say(item, given))
+    return "; ".join(first.values())
+
+
+def _shape(annotation: Any, given: Given) -> Any:
+    """The value in the shape of its field: one value of a list field becomes a list, KEY=VALUE pairs become a mapping."""
+    kind, several = kind_of(annotation)
+    value = given.value
+    if several and isinstance(value, str | int | float):
+        value = [value]
+    if kind is dict and isinstance(value, list):
+        pairs = [str(pair).partition("=") for pair in value]
+        if bad := ["".join(pair) for pair in pairs if not pair[1]]:
+            raise UserError(f"{given.label} must be KEY=VALUE (got {show(bad[0])})")
+        value = {key.strip(): text.strip() for key, _, text in pairs}
+    return value
+
+
+def resolve(config: type[C], flags: Iterable[tuple[str, Given]], file: Path | None = None) -> C:
+    """The config that flags (hyphenated name, value) and a YAML file make together."""
+    given = (read_yaml(config, file) if file is not None else {}) | by_field(config, flags)
+    values = {name: _shape(config.model_fields[name].annotation, item) for name, item in given.items()}
+    try:
+        return config.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise UserError(explain(error, given)) from None
+
+
+def choices_of(kind: Any) -> tuple[Any, ...] | None:
+    """The values of a Literal, or None."""
+    return get_args(kind) if get_origin(kind) is Literal else None

@@ -1,0 +1,158 @@
+"""`understudy generate` and `understudy demo` as a person meets them: real output, and one clear line for what is wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+
+from understudy import cli
+from understudy.assets import pocket_path
+
+PROMPT = "Write `def add(a, b)` in module `operator`."
+
+
+def run(capsys, *args: str) -> tuple[int, str, str]:
+    code = cli.main(list(args))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def refused(capsys, *args: str) -> str:
+    code, out, err = run(capsys, *args)
+    assert code == 2, (out, err)
+    assert "Traceback" not in err
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    return lines[0]
+
+
+def test_generate_prints_the_answer_and_statistics(capsys, tmp_path):
+    output = tmp_path / "answers.jsonl"
+    code, out, _ = run(capsys, "generate", "--prompt", PROMPT, "--max-new-tokens", "24", "--output", str(output))
+    assert code == 0
+    row = json.loads(output.read_text())
+    assert row["answers"][0]["text"] in out
+    assert "tau" in out.splitlines()[-1]
+    assert row["stats"]["tokens"] + 1 == len(row["answers"][0]["tokens"])
+
+
+def test_drafters_print_the_same_text(capsys):
+    texts = set()
+    for drafter in ("none", "prompt-lookup", "early-exit,exitlayer=4"):
+        _, out, _ = run(
+            capsys, "generate", "--prompt", PROMPT, "--dtype", "float32", "--max-tokens", "24", "--drafter", drafter
+        )
+        texts.add(out.rsplit("\n", 2)[0])
+    assert len(texts) == 1
+
+
+def test_a_file_of_prompts_and_raw_text(capsys, tmp_path):
+    rows = tmp_path / "p.jsonl"
+    rows.write_text(json.dumps({"prompt": PROMPT}) + "\n" + json.dumps({"turns": [PROMPT, "again"]}) + "\n")
+    code, out, _ = run(capsys, "generate", "--file", str(rows), "--max-new-tokens", "6")
+    assert code == 0
+    assert out.count("tau") == 2
+    text = tmp_path / "p.txt"
+    text.write_text("def add(a, b):")
+    code, out, _ = run(capsys, "generate", "--file", str(text), "--raw", "--max-new-tokens", "6")
+    assert code == 0
+
+
+def test_a_conversation_reuses_what_it_shares(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{PROMPT}\nNow `def sub(a, b)`.\n/reset\n"))
+    code, out, _ = run(capsys, "generate", "--interactive", "--max-new-tokens", "24")
+    assert code == 0
+    reused = [int(line.split(" of ")[-2].split()[-1]) for line in out.splitlines() if "tokens reused" in line.replace("\n", " ")]
+    assert len(reused) == 2
+    assert reused[0] == 0
+    assert reused[1] > 20
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--prompt", ""], "give one of --prompt"),
+        (["--prompt", "   "], "the prompt is empty"),
+        (["--prompt", "x", "--interactive"], "give one of --prompt"),
+        (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
+        (["--prompt", "x", "--drafter", "prompt-lokup"], "did you mean prompt-lookup.*known drafters: early-exit, none"),
+        (["--prompt", "x", "--drafter", "early-exit,exit_layer=12"], "12 layers"),
+        (["--prompt", "x", "--drafter", "early-exit,layer=2"], "has no option 'layer'"),
+        (["--prompt", "x", "--drafter", "prompt-lookup,steps=x"], "steps"),
+        (["--prompt", "x", "--drafter", "small-model"], "needs a model: small-model:PATH"),
+        (["--prompt", "x", "--device", "nowhere"], "cannot put the model on device 'nowhere'"),
+        (["--prompt", "word " * 3000], "the model's context is 2048"),
+        (["--file", "missing.jsonl"], "missing.jsonl"),
+        (["--prompt", "x", "--model", "/missing/model"], "/missing/model does not exist"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(capsys, args, message):
+    line = refused(capsys, "generate", *args)
+    assert line.startswith("error: ")
+    assert __import__("re").search(message, line), line
+
+
+def test_a_malformed_prompts_file_names_the_line(capsys, tmp_path):
+    rows = tmp_path / "p.jsonl"
+    rows.write_text(json.dumps({"prompt": PROMPT}) + "\n{broken\n")
+    assert f"{rows}:2: " in refused(capsys, "generate", "--file", str(rows))
+
+
+def test_a_drafter_with_another_tokenizer_is_refused(capsys, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(pocket_path(), other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    a, b = list(vocab)[300:302]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    line = refused(capsys, "generate", "--prompt", "x", "--drafter", f"small-model:{other}")
+    assert "has another tokenizer than" in line
+
+
+def test_unsupported_models_are_refused_by_name(capsys, tmp_path):
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
+    mamba = transformers.MambaForCausalLM(transformers.MambaConfig(**shape, state_size=4))
+    gpt2 = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    )
+    for model, message in ((mamba, "is recurrent (linear_attention)"), (gpt2, "GPT2LMHeadModel is not supported: its decoder has no .layers")):
+        folder = tmp_path / type(model).__name__
+        model.save_pretrained(folder)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(pocket_path() / name, folder)
+        assert message in refused(capsys, "generate", "--prompt", "x", "--model", str(folder))
+
+
+def test_remote_code_and_missing_weights_are_refused(capsys, tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}))
+    assert "--trust-remote-code" in refused(capsys, "generate", "--prompt", "x", "--model", str(own))
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(pocket_path() / "config.json", bare)
+    assert "no weights" in refused(capsys, "generate", "--prompt", "x", "--model", str(bare))
+
+
+def test_an_unsupported_processor_of_the_checkpoint_is_refused(capsys, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(pocket_path(), model)
+    config = json.loads((model / "generation_config.json").read_text()) | {"no_repeat_ngram_size": 3}
+    (model / "generation_config.json").write_text(json.dumps(config))
+    line = refused(capsys, "generate", "--prompt", "x", "--model", str(model))
+    assert "no_repeat_ngram_size=3 is not supported" in line
+
+
+def test_demo_compares_drafters(capsys):
+    code, out, _ = run(capsys, "demo", "--num-prompts", "2", "--max-new-tokens", "16", "--dtype", "float32")
+    assert code == 0
+    assert "Not one token differs" in out
+    for name in ("none", "null", "prompt-lookup", "early-exit"):
+        assert name in out
