@@ -9,7 +9,10 @@ from transformers import LogitsProcessor, StoppingCriteria, StopStringCriteria, 
 import understudy
 from understudy.core.errors import UserError
 
-PROMPTS = ["Write `def add(a, b)` in module `operator`.\nReturn a + b.", "Write `def clear(self)` of class `Cache()` in `m`."]
+PROMPTS = [
+    "Write `def add(a, b)` in module `operator`.\nReturn a + b.",
+    "Write `def clear(self)` of class `Cache()` in `m`.",
+]
 DRAFTERS = ["none", "prompt-lookup", "early-exit,exit_layer=4,steps=3,threshold=0.2"]
 
 

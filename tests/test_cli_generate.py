@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 
 import pytest
@@ -67,7 +68,11 @@ def test_a_conversation_reuses_what_it_shares(capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{PROMPT}\nNow `def sub(a, b)`.\n/reset\n"))
     code, out, _ = run(capsys, "generate", "--interactive", "--max-new-tokens", "24")
     assert code == 0
-    reused = [int(line.split(" of ")[-2].split()[-1]) for line in out.splitlines() if "tokens reused" in line.replace("\n", " ")]
+    reused = [
+        int(line.split(" of ")[-2].split()[-1])
+        for line in out.splitlines()
+        if "tokens reused" in line.replace("\n", " ")
+    ]
     assert len(reused) == 2
     assert reused[0] == 0
     assert reused[1] > 20
@@ -76,14 +81,21 @@ def test_a_conversation_reuses_what_it_shares(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--prompt", ""], "give one of --prompt"),
+        (["--prompt", ""], "the prompt is empty"),
         (["--prompt", "   "], "the prompt is empty"),
-        (["--prompt", "x", "--interactive"], "give one of --prompt"),
+        (["--prompt", "x", "--interactive"], "give only one of --prompt"),
         (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
-        (["--prompt", "x", "--drafter", "prompt-lokup"], "did you mean prompt-lookup.*known drafters: early-exit, none"),
+        (
+            ["--prompt", "x", "--drafter", "prompt-lokup"],
+            "did you mean prompt-lookup.*known drafters: early-exit, none",
+        ),
         (["--prompt", "x", "--drafter", "early-exit,exit_layer=12"], "12 layers"),
+        (["--prompt", "x", "--threshold", "0.5"], "--threshold is given, but no drafter here has it"),
         (["--prompt", "x", "--drafter", "early-exit,layer=2"], "has no option 'layer'"),
-        (["--prompt", "x", "--drafter", "prompt-lookup,steps=x"], "steps"),
+        (
+            ["--prompt", "x", "--drafter", "prompt-lookup,steps=x"],
+            "drafter prompt-lookup: steps must be a whole number",
+        ),
         (["--prompt", "x", "--drafter", "small-model"], "needs a model: small-model:PATH"),
         (["--prompt", "x", "--device", "nowhere"], "cannot put the model on device 'nowhere'"),
         (["--prompt", "word " * 3000], "the model's context is 2048"),
@@ -94,7 +106,7 @@ def test_a_conversation_reuses_what_it_shares(capsys, monkeypatch):
 def test_bad_input_is_one_line_and_exit_code_2(capsys, args, message):
     line = refused(capsys, "generate", *args)
     assert line.startswith("error: ")
-    assert __import__("re").search(message, line), line
+    assert re.search(message, line), line
 
 
 def test_a_malformed_prompts_file_names_the_line(capsys, tmp_path):
@@ -122,9 +134,13 @@ def test_unsupported_models_are_refused_by_name(capsys, tmp_path):
     gpt2 = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
     )
-    for model, message in ((mamba, "is recurrent (linear_attention)"), (gpt2, "GPT2LMHeadModel is not supported: its decoder has no .layers")):
+    for model, message in (
+        (mamba, "is recurrent (linear_attention)"),
+        (gpt2, "GPT2LMHeadModel is not supported: its decoder has no .layers"),
+    ):
         folder = tmp_path / type(model).__name__
         model.save_pretrained(folder)
+        capsys.readouterr()
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(pocket_path() / name, folder)
         assert message in refused(capsys, "generate", "--prompt", "x", "--model", str(folder))

@@ -31,7 +31,9 @@ class Divergence:
 
     prompt: int  # index, from 0
     position: int  # of the first differing token in the output, from 0
-    gap: float | None  # between the logits of the two tokens, in ulp of the dtype; None = one output ended without a reason
+    gap: (
+        float | None
+    )  # between the logits of the two tokens, in ulp of the dtype; None = one output ended without a reason
     gap_raw: float | None  # the same in units of the logits
     tokens: tuple[int | None, int | None]  # plain decoding's, and this mode's
 
@@ -40,7 +42,13 @@ class Divergence:
         return self.gap is not None and self.gap <= LIMIT
 
     def as_json(self) -> dict[str, Any]:
-        return {"prompt": self.prompt, "position": self.position, "gap": self.gap, "gap_raw": self.gap_raw, "tokens": list(self.tokens)}
+        return {
+            "prompt": self.prompt,
+            "position": self.position,
+            "gap": self.gap,
+            "gap_raw": self.gap_raw,
+            "tokens": list(self.tokens),
+        }
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
@@ -64,7 +72,9 @@ class Checker:
         self.target = target
         self.processors = Processors(sampling, target.vocab_size, sorted(stop_ids), target.device)
 
-    def compare(self, prompts: Sequence[list[int]], plain: Sequence[Sequence[Turn]], other: Sequence[Sequence[Turn]]) -> list[Divergence]:
+    def compare(
+        self, prompts: Sequence[list[int]], plain: Sequence[Sequence[Turn]], other: Sequence[Sequence[Turn]]
+    ) -> list[Divergence]:
         """First divergence of every prompt, over all repeats ([repeat][prompt]), each place once."""
         found: dict[tuple[int, int], Divergence] = {}
         for theirs, ours in zip(plain, other, strict=True):
@@ -99,14 +109,15 @@ class Checker:
 
 def verdict(modes: Sequence[Mode], found: dict[str, list[Divergence]], rejected: dict[str, int | None]) -> dict[str, Any]:
     """What `--check` says of all modes: passed or not, why not, and where the proof is thin."""
-    failures, notes = [], []
+    failures, warnings = [], []
     for mode in modes:
         bad = [d for d in found[mode.name] if not d.excusable]
         if bad:
             worst = max(bad, key=lambda d: math.inf if d.gap is None else d.gap)
             how = "one output ended early" if worst.gap is None else f"a gap of {worst.gap:.3g} ulp"
-            failures.append(f"{mode.name}: {len(bad)} of its outputs differ beyond a near tie (prompt {worst.prompt}, token {worst.position}: {how})")
+            where = f"prompt {worst.prompt}, token {worst.position}: {how}"
+            failures.append(f"{mode.name}: {len(bad)} outputs differ beyond a near tie ({where})")
         made = rejected[mode.name]
         if made is not None and made < ENOUGH:
-            notes.append(f"{mode.name} had only {made} drafts rejected: below {ENOUGH}, equal outputs prove little (more prompts or tokens help)")
-    return {"passed": not failures, "failures": failures, "warnings": notes}
+            warnings.append(f"{mode.name} had only {made} drafts rejected: below {ENOUGH}, equal outputs prove little")
+    return {"passed": not failures, "failures": failures, "warnings": warnings}

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from understudy.bench.modes import EngineMode, Turn, now, undisturbed

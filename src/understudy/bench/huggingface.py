@@ -28,6 +28,7 @@ from understudy.core.errors import UserError
 from understudy.core.seeds import derive
 from understudy.decoding.stats import Stats
 from understudy.drafting.spec import build, parse
+from understudy.target.memory import is_out_of_memory
 from understudy.target.params import SamplingParams
 from understudy.target.target import Target
 
@@ -66,7 +67,13 @@ class HuggingFaceMode:
     ours = False
 
     def __init__(
-        self, name: str, target: Target, sampling: SamplingParams, stop_ids: Sequence[int], given: Sequence[str], steps: int | None
+        self,
+        name: str,
+        target: Target,
+        sampling: SamplingParams,
+        stop_ids: Sequence[int],
+        given: Sequence[str],
+        steps: int | None,
     ) -> None:
         """`given`: the drafters as given; `steps`: K where they do not say."""
         method = METHODS[name]
@@ -104,10 +111,12 @@ class HuggingFaceMode:
         try:
             yield
         except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if is_out_of_memory(error):
                 raise
             reason = str(error).strip().split("\n")[0]
-            raise UserError(f"transformers cannot run {self.name} on this model ({reason}): leave it out of --baselines") from error
+            raise UserError(
+                f"transformers cannot run {self.name} on this model ({reason}): leave it out of --baselines"
+            ) from error
         finally:
             model.generation_config = own
 
@@ -158,7 +167,9 @@ def _ends(target: Target, stop_ids: Sequence[int]) -> dict[str, Any]:
 def _law(sampling: SamplingParams) -> dict[str, Any]:
     """SamplingParams as fields of a GenerationConfig: the same law, with nothing left to transformers' defaults (top-k of 50)."""
     if sampling.presence_penalty or sampling.frequency_penalty or sampling.allowed_tokens is not None:
-        raise UserError("transformers has no presence penalty, frequency penalty or allowed tokens: leave hf out of --baselines")
+        raise UserError(
+            "transformers has no presence penalty, frequency penalty or allowed tokens: leave hf out of --baselines"
+        )
     law: dict[str, Any] = {"do_sample": sampling.temperature > 0, "repetition_penalty": sampling.repetition_penalty}
     if sampling.temperature > 0:
         law |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}

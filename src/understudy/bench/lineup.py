@@ -23,7 +23,9 @@ def line_up(config: BenchConfig, target: Target) -> list[Mode]:
     """All modes: baselines first, `none` before all, then the drafters as given. A name stands once."""
     sampling = law(config, target)
     stop_ids = () if config.ignore_eos else target.eos_ids
-    given = config.drafters() or [name for name, spec in specs().items() if not spec.takes_path and name not in (PLAIN, WRONG)]
+    given = config.drafters() or [
+        name for name, spec in specs().items() if not spec.takes_path and name not in (PLAIN, WRONG)
+    ]
     baselines = [name for name in config.all_baselines() if name == PLAIN or name not in given]
 
     def engine(text: str, steps: int | None, adaptive: bool = False) -> EngineMode:

@@ -45,7 +45,9 @@ def interval(turns: Turns, plain: Turns) -> list[float] | None:
         return None
     rng, values = random.Random(0), []
     for _ in range(RESAMPLES):
-        tokens, seconds, base_tokens, base_seconds = (sum(column) for column in zip(*rng.choices(pairs, k=len(pairs)), strict=True))
+        tokens, seconds, base_tokens, base_seconds = (
+            sum(column) for column in zip(*rng.choices(pairs, k=len(pairs)), strict=True)
+        )
         if tokens and seconds and base_tokens and base_seconds:
             values.append(tokens / seconds / (base_tokens / base_seconds))
     values.sort()
@@ -122,7 +124,10 @@ def validity(rows: Sequence[dict[str, Any]]) -> tuple[bool | None, str]:
     if gain is None:
         return None, f"{WRONG} decoded no token after the first ones"
     if gain >= 1:
-        return False, f"{WRONG} drafts only wrong tokens and yet is {gain:.3f}x as fast as plain decoding: no speed-up of this run counts"
+        return (
+            False,
+            f"{WRONG} drafts only wrong tokens and yet is {gain:.3f}x as fast as plain decoding: no speed-up of this run counts",
+        )
     return True, f"{WRONG} is at {gain:.3f}x"
 
 

@@ -1,6 +1,6 @@
 """`understudy bench` from its options to its results.
 
-    results, code = run(BenchConfig(drafter=["prompt-lookup"], check=True))
+results, code = run(BenchConfig(drafter=["prompt-lookup"], check=True))
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -29,7 +28,8 @@ from understudy.core.errors import UserError
 from understudy.core.files import write_json, write_text
 from understudy.core.provenance import environment
 from understudy.data.prompts import load_prompts, render
-from understudy.target.loading import load_target, out_of_memory
+from understudy.target.loading import load_target
+from understudy.target.memory import memory_guard
 from understudy.target.target import Target
 
 POCKET = "pocket"
@@ -39,7 +39,9 @@ OVERHEAD_NOTE = (
     "overhead = 1 - (draft + verify) / decode time; a draft that runs no model (null, prompt-lookup) counts as overhead too."
     " It holds the cost of Python inside draft and verify to be model time; efficiency does as well"
 )
-DRAWN_NOTE = "at a temperature outputs are drawn, so they are not compared: that the law is the same is proved by the tests"
+DRAWN_NOTE = (
+    "at a temperature outputs are drawn, so they are not compared: that the law is the same is proved by the tests"
+)
 
 
 def run(config: BenchConfig) -> tuple[dict[str, Any], int]:
@@ -47,16 +49,16 @@ def run(config: BenchConfig) -> tuple[dict[str, Any], int]:
     path = config.prompts or prompts_path()
     asked = load_prompts(path, config.num_prompts)
     name = str(pocket_path()) if config.model in (None, POCKET) else str(config.model)
-    try:
-        target = load_target(name, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code)
-        prompts = [render(target.tokenizer, prompt.messages) for prompt in asked]
+    target = load_target(name, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code)
+    prompts = [render(target.tokenizer, prompt.messages) for prompt in asked]
+    with memory_guard(target):
         results, turns = bench(config, target, prompts)
-    except torch.OutOfMemoryError as error:
-        raise out_of_memory(error, "the benchmark") from error
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     results["env"]["prompts"] |= {"file": str(path), "sha256": digest}
     if later := sum(bool(prompt.turns) for prompt in asked):
-        results["notes"].append(f"{later} prompts have later turns, which were not asked: only first answers are measured")
+        results["notes"].append(
+            f"{later} prompts have later turns, which were not asked: only first answers are measured"
+        )
     _show(config, results)
     _write(config, results, _samples(target, turns[PLAIN]))
     return results, CHECK_FAILED if results["check"] and not results["check"]["passed"] else 0
@@ -78,13 +80,17 @@ def bench(config: BenchConfig, target: Target, prompts: Sequence[list[int]]) -> 
         status("comparing outputs")
         checker = Checker(target, sampling, () if config.ignore_eos else target.eos_ids)
         greedy = sampling.temperature == 0
-        found = {mode.name: checker.compare(prompts, turns[PLAIN], turns[mode.name]) if greedy else None for mode in modes}
+        found = {
+            mode.name: checker.compare(prompts, turns[PLAIN], turns[mode.name]) if greedy else None for mode in modes
+        }
     sections = target.device.type != "cuda" or config.detailed_timing
     rows = [row(mode, turns, parts[mode.name], found[mode.name], sections) for mode in modes]
     valid, reason = validity(rows)
     check = None
     if config.check and greedy:
-        check = verdict(modes, {name: d or [] for name, d in found.items()}, {r["name"]: r["rejected_drafts"] for r in rows})
+        check = verdict(
+            modes, {name: d or [] for name, d in found.items()}, {r["name"]: r["rejected_drafts"] for r in rows}
+        )
         check["summary"] = _summary(rows, target)
     results = {
         "valid": valid,
@@ -102,7 +108,9 @@ def _fits(prompts: Sequence[list[int]], target: Target) -> None:
     """Refuse before the first measurement what would fail in the middle of it."""
     for index, prompt in enumerate(prompts):
         if len(prompt) >= target.context:
-            raise UserError(f"prompt {index} has {len(prompt)} tokens, the model's context is {target.context}: shorten or remove it")
+            raise UserError(
+                f"prompt {index} has {len(prompt)} tokens, the model's context is {target.context}: shorten or remove it"
+            )
 
 
 def _alone(mode: Mode, prompts: Sequence[list[int]], turns: Turns, config: BenchConfig) -> Alone | None:
@@ -166,7 +174,9 @@ def _samples(target: Target, turns: Turns) -> list[dict[str, Any]]:
     tokenizer, found = target.tokenizer, []
     for index, turn in enumerate(turns[0][:SAMPLES]):
         tokens = turn.output[:SAMPLE_TOKENS]
-        found.append({"prompt": index, "tokens": tokens, "text": None if tokenizer is None else tokenizer.decode(tokens)})
+        found.append(
+            {"prompt": index, "tokens": tokens, "text": None if tokenizer is None else tokenizer.decode(tokens)}
+        )
     return found
 
 

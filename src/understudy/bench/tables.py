@@ -15,8 +15,28 @@ from understudy.telemetry.stopwatch import SECTIONS
 
 WIDTH = 120  # of what goes to a file or pipe
 Row = dict[str, Any]
-COLUMNS = ("mode", "tok/s", "vs none", "95 %", "vs hf", "prefill ms", "tau", "accept", "repeats", "effic.", "overhead", "rejected", "identical")
-PARTS = {"draft": "Draft", "verify": "Target verify", "sample": "Token sampling", "cache": "KV cache and commit", "other": "Other overhead"}
+COLUMNS = (
+    "mode",
+    "tok/s",
+    "vs none",
+    "95 %",
+    "vs hf",
+    "prefill ms",
+    "tau",
+    "accept",
+    "repeats",
+    "effic.",
+    "overhead",
+    "rejected",
+    "identical",
+)
+PARTS = {
+    "draft": "Draft",
+    "verify": "Target verify",
+    "sample": "Token sampling",
+    "cache": "KV cache and commit",
+    "other": "Other overhead",
+}
 
 
 def console() -> Console:
@@ -62,8 +82,14 @@ def overview(results: Row) -> Table:
 
 def comparison(row: Row, standard: Row, prompts: int) -> list[Table]:
     """A drafter beside `hf`: times per prompt, acceptance, and where its decode time went."""
-    times = Table("Metric", row["name"], "Standard", "Speedup", title=f"{row['name']} beside transformers' generate, per prompt")
-    for label, key, gain in (("Total time", "total_s", True), ("Prefill time", "prefill_s", False), ("Decode time", "decode_s", True)):
+    times = Table(
+        "Metric", row["name"], "Standard", "Speedup", title=f"{row['name']} beside transformers' generate, per prompt"
+    )
+    for label, key, gain in (
+        ("Total time", "total_s", True),
+        ("Prefill time", "prefill_s", False),
+        ("Decode time", "decode_s", True),
+    ):
         mine, theirs = 1000 * row[key] / prompts, 1000 * standard[key] / prompts
         times.add_row(label, f"{mine:.1f} ms", f"{theirs:.1f} ms", f"{theirs / mine:.2f}x" if gain and mine else "-")
     gain = row["speedup_vs_hf"]

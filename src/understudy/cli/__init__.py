@@ -109,10 +109,7 @@ def _one_line(error: Exception) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, what the command returned, 2 for a user's error, 130 when interrupted."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings would stand before our one line
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars are for people, not for log files
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns whenever a process is started later
     try:
         code = root.main(args=None if argv is None else list(argv), prog_name="understudy", standalone_mode=False)
         sys.stdout.flush()

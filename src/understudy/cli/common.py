@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from understudy.core.config import Config, option
+from understudy.core.errors import UserError
 
 if TYPE_CHECKING:
     from understudy.target.target import Target
@@ -22,6 +23,25 @@ class ModelOptions(Config):
     revision: str | None = option(None, "branch, tag or commit of a model on the hub")
     trust_remote_code: bool = option(False, "allow modelling code that comes with the model to run here")
     threads: int | None = option(None, "CPU threads", ge=1)
+
+
+class DraftOptions(Config):
+    """Options of drafters that may stand beside `--drafter` instead of inside it. They apply to every drafter that has them."""
+
+    exit_layer: int | None = option(None, "layers that draft: the first E", "exitlayer", "early-layer", ge=1)
+    threshold: float | None = option(None, "drafting stops after a draft whose probability is below this", ge=0, le=1)
+
+
+def draft_defaults(config: DraftOptions, drafters: list[str]) -> dict[str, Any]:
+    """The draft options that were given. One that none of the drafters has would be ignored: it is an error."""
+    from understudy.drafting.spec import parse
+
+    values = given(config, DraftOptions)
+    configs = [parse(text)[0].config for text in drafters]
+    for name in values:
+        if not any(name in c.model_fields for c in configs):
+            raise UserError(f"--{name.replace('_', '-')} is given, but no drafter here has it: {', '.join(drafters)}")
+    return values
 
 
 def load(options: ModelOptions) -> Target:

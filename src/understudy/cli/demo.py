@@ -27,6 +27,7 @@ class DemoConfig(ModelOptions):
 @config_command(DemoConfig)
 def command(config: DemoConfig) -> int:
     """Decode held-out prompts with every drafter: real output, what each one gains, and that no token differs."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
@@ -60,9 +61,10 @@ def command(config: DemoConfig) -> int:
             totals[name].merge(stats)
         for name, output in outputs.items():
             same[name] += output == outputs["none"]
-    table = Table(title=f"{len(prompts)} prompts, at most {config.max_new_tokens} new tokens, greedy")
-    for column in ("drafter", "tokens/s", "speed-up", "tau", "accepted", "rejected drafts", "same output"):
-        table.add_column(column, justify="left" if column == "drafter" else "right")
+    table = Table(box=box.SIMPLE, title=f"{len(prompts)} prompts, at most {config.max_new_tokens} new tokens, greedy")
+    table.add_column("drafter", no_wrap=True)
+    for column in ("tokens/s", "speed-up", "tau", "accepted", "rejected", "same output"):
+        table.add_column(column, justify="right")
     plain = totals["none"].tokens_per_s
     for name, stats in totals.items():
         table.add_row(

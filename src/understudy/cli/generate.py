@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from understudy.cli.common import ModelOptions, given, load
+from understudy.cli.common import DraftOptions, ModelOptions, draft_defaults, given, load
 from understudy.cli.options import config_command
 from understudy.core.config import option
 from understudy.core.errors import UserError
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from understudy.data.prompts import Prompt
 
 
-class GenerateConfig(SamplingParams, DecodeParams, ModelOptions):
+class GenerateConfig(SamplingParams, DecodeParams, DraftOptions, ModelOptions):
     """Options of `understudy generate`."""
 
     drafter: str = option("prompt-lookup", "NAME[:PATH][,key=value...]; none = plain decoding")
@@ -31,7 +31,9 @@ class GenerateConfig(SamplingParams, DecodeParams, ModelOptions):
     interactive: bool = option(False, "a conversation at the terminal; /reset starts over, Ctrl-D ends it")
     system: str | None = option(None, "system message")
     raw: bool = option(False, "continue the text as it is, without the chat template")
-    num_prompts: int | None = option(None, "prompts of --file to answer; default all", "num-samples", ge=1)
+    num_prompts: int | None = option(
+        None, "prompts of --file (default all) or of the built-in set (default 1)", "num-samples", ge=1
+    )
     n: int = option(1, "answers per prompt, sampled from one prefill", ge=1)
     stop: list[str] = option([], "end the answer before this text (repeatable)")
     ignore_eos: bool = option(False, "go on after stop tokens")
@@ -40,13 +42,12 @@ class GenerateConfig(SamplingParams, DecodeParams, ModelOptions):
 
 @config_command(GenerateConfig)
 def command(config: GenerateConfig) -> None:
-    """Continue a prompt, a file of prompts, or a conversation.
+    """Continue a prompt, a file of prompts, or a conversation; with none of them, the first prompt of the built-in set.
 
     Accepted drafts are coloured; the tokens that the target added itself are plain.
     """
-    chosen = [name for name in ("prompt", "file", "interactive") if getattr(config, name)]
-    if len(chosen) != 1:
-        raise UserError("give one of --prompt TEXT, --file FILE or --interactive")
+    if (config.prompt is not None) + (config.file is not None) + config.interactive > 1:
+        raise UserError("give only one of --prompt TEXT, --file FILE and --interactive")
     prompts = _prompts(config)
 
     from rich.console import Console
@@ -54,8 +55,9 @@ def command(config: GenerateConfig) -> None:
     from understudy.api import Engine
     from understudy.drafting.spec import build
 
+    defaults = draft_defaults(config, [config.drafter])
     target = load(config)
-    engine = Engine(target, build(config.drafter, target))
+    engine = Engine(target, build(config.drafter, target, **defaults))
     console = Console(highlight=False)
     if config.interactive:
         return _converse(engine, config, console)
@@ -68,13 +70,16 @@ def command(config: GenerateConfig) -> None:
 
 
 def _prompts(config: GenerateConfig) -> list[Prompt]:
+    from understudy.assets import prompts_path
     from understudy.data.conversations import Message
     from understudy.data.prompts import Prompt, load_prompts, text_prompt
 
     if config.prompt is not None:
         prompts = [text_prompt(config.prompt)]
-    elif config.file is None:
+    elif config.interactive:
         return []
+    elif config.file is None:
+        prompts = load_prompts(prompts_path(), config.num_prompts or 1)
     elif config.file.suffix in (".jsonl", ".json"):
         prompts = load_prompts(config.file, config.num_prompts)
     else:

@@ -27,8 +27,9 @@ from click.core import ParameterSource
 from pydantic.fields import FieldInfo
 
 from understudy.cli import SETTINGS, spell
-from understudy.cli.settings import Given, choices_of, kind_of, names_of, resolve, show
-from understudy.core.config import Config
+from understudy.cli.settings import choices_of, kind_of, resolve
+from understudy.core.config import Config, names_of
+from understudy.core.explain import Given, show
 
 C = TypeVar("C", bound=Config)
 
@@ -134,8 +135,11 @@ def _options_of(name: str, field: FieldInfo) -> Iterator[FieldOption]:
 
 
 def options(config: type[Config]) -> list[click.Option]:
-    """The options of a Config, in the order of its fields, and `--config`."""
-    made: list[click.Option] = [o for name, field in config.model_fields.items() for o in _options_of(name, field)]
+    """The options of a Config, its own fields before inherited ones, and `--config`."""
+    fields = config.model_fields
+    own = [name for name in config.__annotations__ if name in fields]
+    order = dict.fromkeys([*own, *fields])  # what a command adds to the shared options stands first in its help
+    made: list[click.Option] = [o for name in order for o in _options_of(name, fields[name])]
     flags = [flag for option in made for flag in option.opts]
     twice = {flag for flag in flags if flags.count(flag) > 1 or flag == "--config"}
     assert not twice, f"{config.__name__} uses {sorted(twice)} for two things"

@@ -9,35 +9,18 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import pydantic
 import yaml
-from pydantic.fields import FieldInfo
 
 from understudy.cli import spell
-from understudy.core.config import Config
+from understudy.core.config import Config, names_of
 from understudy.core.errors import UserError
+from understudy.core.explain import Given, explain, show
 
 C = TypeVar("C", bound=Config)
-
-
-@dataclass(frozen=True)
-class Given:
-    """A value that somebody gave, and what to call it in a message: the flag as typed, or `key in file.yaml`."""
-
-    label: str
-    value: Any
-
-
-def names_of(name: str, field: FieldInfo) -> list[str]:
-    """The hyphenated names of a field, the canonical one first."""
-    extra = field.json_schema_extra
-    aliases = extra.get("aliases", []) if isinstance(extra, dict) else []
-    assert isinstance(aliases, list)
-    return [spell(str(n)) for n in (name, *aliases)]
 
 
 def kind_of(annotation: Any) -> tuple[Any, bool]:
@@ -118,58 +101,6 @@ def read_yaml(config: type[Config], path: Path) -> dict[str, Given]:
             raise UserError(f"unknown key '{key}' in {path}; {hint}")
         entries.append((alias, Given(f"{key} in {path}", value)))
     return by_field(config, entries)
-
-
-def show(value: Any) -> str:
-    """A value inside a message: text without quotes unless it is empty or has blanks, and never long."""
-    plain = isinstance(value, str) and value and not any(c.isspace() for c in value)
-    text = value if plain else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-_WHOLE, _NUMBER, _SWITCH, _TEXT = "must be a whole number", "must be a number", "must be true or false", "must be text"
-_SAYS = {  # pydantic's error type -> our words; {ge} and the like come from its context
-    "greater_than_equal": "must be at least {ge}",
-    "greater_than": "must be more than {gt}",
-    "less_than_equal": "must be at most {le}",
-    "less_than": "must be less than {lt}",
-    "literal_error": "must be one of {expected}",
-    **dict.fromkeys(("int_parsing", "int_type", "int_from_float", "int_parsing_size"), _WHOLE),
-    **dict.fromkeys(("float_parsing", "float_type"), _NUMBER),
-    "finite_number": "must be a finite number",
-    **dict.fromkeys(("bool_parsing", "bool_type"), _SWITCH),
-    "string_type": _TEXT,
-    "path_type": "must be a path",
-    **dict.fromkeys(("list_type", "tuple_type"), "must be a list"),
-}
-
-
-def _say(error: Any, given: dict[str, Given]) -> str:
-    """One pydantic error in our words, beginning with the option as it was typed."""
-    kind, where, context = error["type"], error["loc"], error.get("ctx", {})
-    name = str(where[0]) if where else ""
-    label = given[name].label if name in given else f"--{spell(name)}"
-    if kind == "missing":
-        return f"{label} is required"
-    if kind in ("value_error", "assertion_error"):
-        own = str(context["error"])
-        return f"{label}: {own}" if name else own
-    if kind in ("string_too_short", "too_short") and not error["input"]:
-        return f"{label} must not be empty"
-    bounds = {key: int(v) if isinstance(v, float) and v.is_integer() else v for key, v in context.items()}
-    words = _SAYS[kind].format(**bounds) if kind in _SAYS else error["msg"].replace("Input should", "must")
-    got = "null" if error["input"] is None else show(error["input"])
-    if kind in ("string_type", "path_type"):  # only YAML gives what is not text: a number, a date, null
-        got += "; quote it in YAML to mean the word"
-    return f"{label} {words} (got {got})"
-
-
-def explain(error: pydantic.ValidationError, given: dict[str, Given]) -> str:
-    """A validation error as one line: one clause per option that is wrong."""
-    first: dict[Any, str] = {}
-    for item in error.errors(include_url=False):
-        first.setdefault(item["loc"][:1], _say(item, given))
-    return "; ".join(first.values())
 
 
 def _shape(annotation: Any, given: Given) -> Any:

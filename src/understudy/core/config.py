@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pydantic
+from pydantic.fields import FieldInfo
 
 
 class Config(pydantic.BaseModel):
@@ -19,3 +20,11 @@ def option(default: Any, doc: str, *aliases: str, **constraints: Any) -> Any:
     `constraints` are pydantic's (`ge`, `gt`, `le`, ...). A default of `...` makes the field required.
     """
     return pydantic.Field(default, description=doc, json_schema_extra={"aliases": list(aliases)}, **constraints)
+
+
+def names_of(name: str, field: FieldInfo) -> list[str]:
+    """The hyphenated names of a field, the canonical one first."""
+    extra = field.json_schema_extra
+    aliases = extra.get("aliases", []) if isinstance(extra, dict) else []
+    assert isinstance(aliases, list)
+    return [str(n).replace("_", "-") for n in (name, *aliases)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from understudy.core.errors import UserError
 from understudy.core.records import Proposal, Rows
 from understudy.core.seeds import generator
 from understudy.ops import laws
@@ -19,8 +20,9 @@ from understudy.target.processors import History, Processors
 class RecordingSampler:
     """What a drafter draws its tokens with. Under `sample` the engine keeps each draw and its law, and verifies exactly those."""
 
-    def __init__(self, processors: Processors, random: torch.Generator, sample: bool) -> None:
-        self.processors, self.random = processors, random
+    def __init__(self, processors: Processors, random: torch.Generator, sample: bool, tree: bool = False) -> None:
+        """`tree`: the drafter's tree is the same whatever is drawn."""
+        self.processors, self.random, self.tree = processors, random, tree
         self.sample = sample and not processors.greedy
         self.draws: list[Tensor] = []
         self.laws: list[Tensor] = []
@@ -41,17 +43,20 @@ class RecordingSampler:
         return self
 
     def settle(self, proposal: Proposal) -> Tensor | None:
-        """The recorded q [K, V] of the proposal, or None when matching must decide.
+        """The recorded q [K, V] of the proposal, or None when drafts are verified by matching.
 
-        What was drawn stands: if the drafter drew its drafts here, the drawn tokens are the drafts, whatever it says they are.
+        What was drawn stands: the drawn tokens are the drafts, whatever the drafter says they are, and it may not leave one out:
+        which rule verifies, and what, must not depend on a draw's value. Laws over a reduced vocabulary go to matching, always.
         """
         if not self.draws:
             return None
         tokens = torch.cat(self.draws)
-        if tokens.shape[0] != proposal.tokens.shape[0] or self.laws[0].shape[-1] != self.processors.vocab_size:
-            return None
+        assert tokens.shape[0] == proposal.tokens.shape[0], (
+            "a drafter must propose every token that it drew, and no other"
+        )
+        assert proposal.parents is None or self.tree, "a drafter that draws a tree must declare static_tree"
         proposal.tokens = tokens.to(proposal.tokens.device)
-        return torch.cat(self.laws)
+        return torch.cat(self.laws) if self.laws[0].shape[-1] == self.processors.vocab_size else None
 
 
 class Chooser:
@@ -75,7 +80,13 @@ class Chooser:
 
     def first(self, logits: Tensor, rows: Rows) -> int:
         """The first new token, from the last prompt row's logits [1, V]. That row is committed: it is counted already."""
-        return int(self._choose(logits, rows).item())
+        return self._real(int(self._choose(logits, rows).item()))
+
+    def _real(self, token: int) -> int:
+        """A row without a law (NaN logits, no mass) draws no token."""
+        if token >= self.processors.vocab_size:
+            raise UserError("the model computed logits that are no numbers (NaN or all -inf): try --dtype float32")
+        return token
 
     def _choose(self, logits: Tensor, rows: Rows) -> Tensor:
         if self.processors.identity and self.processors.greedy:
@@ -92,16 +103,18 @@ class Chooser:
         assert rows.logits is not None
         if q is None:
             choices, tokens = torch.stack([self._choose(rows.logits, rows), rows.tokens]).tolist()
-            return walk(choices, tokens, rows.parents), choices, tokens
+            path = walk(choices, tokens, rows.parents)
+            self._real(choices[path[-1]])
+            return path, choices, tokens
         p = laws.law(self.processed(rows.logits, rows))
         if rows.parents is None:
             outcome = reject_chain(p, q.to(p.device), rows.tokens[1:], self.random)
             accepted, after, *tokens = torch.cat([outcome, rows.tokens]).tolist()
-            return list(range(accepted + 1)), [*tokens[1 : accepted + 1], after], tokens
+            return list(range(accepted + 1)), [*tokens[1 : accepted + 1], self._real(after)], tokens
         path, after = reject_tree(p, q.to(p.device), rows.tokens, rows.parents, self.random)
         tokens = rows.tokens.tolist()
         choices = [-1] * len(tokens)
         for row, child in zip(path, path[1:], strict=False):
             choices[row] = tokens[child]
-        choices[path[-1]] = after
+        choices[path[-1]] = self._real(after)
         return path, choices, tokens

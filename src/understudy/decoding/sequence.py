@@ -57,7 +57,10 @@ class DecodeSequence:
         processors = Processors(self.sampling, self.model.vocab_size, sorted(self.stop.ids), self.model.device)
         self.chooser = Chooser(processors, self.model.device, self.sampling.seed, self.index)
         random = generator(self.model.device, self.sampling.seed, self.index, "draft")
-        self.recorder = RecordingSampler(processors, random, self.params.draft_sampling == "sample")
+        tree = self.drafter_model.static_tree
+        # a tree whose shape follows from what was drawn would bias rejection: such drafters are matched
+        sample = self.params.draft_sampling == "sample" and (self.drafter_model.nodes is None or tree)
+        self.recorder = RecordingSampler(processors, random, sample, tree)
 
     @property
     def tokens(self) -> list[int]:

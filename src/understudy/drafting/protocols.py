@@ -33,7 +33,10 @@ class DraftSampler(Protocol):
     """Where drafts are chosen, so that the law they were drawn from is recorded by the engine and not claimed by the drafter."""
 
     def draw(self, logits: Tensor) -> Tensor:
-        """Draft tokens [n] from logits [n, V]: the argmax, or with `draft_sampling` a draw from the request's own law."""
+        """Draft tokens [n] from logits [n, V]: the argmax, or with `draft_sampling` a draw from the request's own law.
+
+        Every token that is drawn must be proposed, in the order of the draws.
+        """
 
 
 class DraftSession(Protocol):
@@ -60,7 +63,10 @@ class Drafter(nn.Module):
     """Weights and configuration of a drafter. Subclasses set `steps` and `needs` and implement `session`."""
 
     steps: int  # most drafts in a row per cycle
-    nodes: int | None = None  # most drafts per cycle for trees; None = `steps`
+    nodes: int | None = None  # most drafts per cycle for drafters of trees; None = chains of at most `steps`
+    static_tree: bool = (
+        False  # the tree's shape does not depend on drafted tokens, so its drafts may be drawn and rejected
+    )
     needs: Needs = Needs()
 
     def session(self, view: View) -> DraftSession:

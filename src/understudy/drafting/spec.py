@@ -16,8 +16,9 @@ from typing import Any
 import pydantic
 import yaml
 
-from understudy.core.config import Config, option
+from understudy.core.config import Config, names_of, option
 from understudy.core.errors import UserError
+from understudy.core.explain import Given, explain
 from understudy.drafting.protocols import Drafter
 from understudy.target.target import Target
 
@@ -78,7 +79,7 @@ def parse(text: str) -> tuple[Spec, str | None, dict[str, str]]:
 def build(text: str, target: Target, **defaults: Any) -> Drafter:
     """The drafter that `text` names, for `target`. `defaults` apply where `text` says nothing and the drafter has the option."""
     spec, path, options = parse(text)
-    names = _aliases(spec.config)
+    names = spellings(spec.config)
     values = {key: value for key, value in defaults.items() if key in spec.config.model_fields and value is not None}
     for key, value in options.items():
         if key not in names:
@@ -91,17 +92,13 @@ def build(text: str, target: Target, **defaults: Any) -> Drafter:
     try:
         config = spec.config.model_validate(values)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"drafter {spec.name}: {where}: {first['msg']} (got {first['input']!r})") from error
+        labels = {names[key]: Given(f"drafter {spec.name}: {key}", value) for key, value in options.items()}
+        raise UserError(explain(error, labels)) from None
     return spec.build(config, target, path)
 
 
-def _aliases(config: type[Config]) -> dict[str, str]:
-    """Every accepted spelling of every field -> field name."""
-    names = {name: name for name in config.model_fields}
-    for name, info in config.model_fields.items():
-        extra = info.json_schema_extra
-        aliases = extra.get("aliases", []) if isinstance(extra, dict) else []
-        names |= {str(alias).replace("-", "_"): name for alias in aliases}  # type: ignore[union-attr]
-    return names
+def spellings(config: type[Config]) -> dict[str, str]:
+    """Every accepted spelling of every field, with underscores -> field name."""
+    return {
+        alias.replace("-", "_"): name for name, field in config.model_fields.items() for alias in names_of(name, field)
+    }

@@ -60,9 +60,9 @@ def inverse_cdf(weights: Tensor, points: Tensor) -> Tensor:
 
 
 def _first_above(cdf: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each running sum [N, M] passes `points` [N, 1] in [0, 1) of its total: (index [N, 1], the point itself [N, 1]).
+    """Where each running sum [N, M] passes `points` [N, 1] of its total, a share in [0, 1]: (index [N, 1], point [N, 1]).
 
-    Rounding may carry the point up to the total, so it is held just below it: then neither it nor the strict comparison
+    Rounding may make a share 1, so the point is held just below the total: then neither it nor the strict comparison
     meets an entry without weight. A running sum without a total gives index M.
     """
     total = cdf[:, -1:]

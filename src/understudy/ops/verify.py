@@ -1,5 +1,4 @@
-"""Which drafts are accepted, and which token follows them. Every rule here leaves the target's law of the output
-unchanged.
+"""Which drafts are accepted, and which token follows them. Every rule leaves the law of the output the target's own.
 
 p = the target's law after all processors, q = the law a draft was really drawn from. Two families:
 - sample-and-match (`walk`): the target draws (greedy: argmax) at every row, and the path follows the drafts that equal
@@ -23,8 +22,7 @@ from understudy.ops import laws, trees
 
 
 def walk(choices: Sequence[int], tokens: Sequence[int], parents: Sequence[int] | None) -> list[int]:
-    """Sample-and-match: the path of rows, from row 0 along drafts that equal the target's choices. The next token is
-    choices[path[-1]].
+    """Sample-and-match: the rows from row 0 along drafts that equal the target's choices. Next token: choices[path[-1]].
 
     choices [W]: the target's own draw or argmax after each row. tokens [W]: the token of each row (row 0: the last
     committed token). parents [W]: row of each row's parent, -1 for row 0, a parent before its children; None = a chain.
@@ -44,14 +42,13 @@ def walk(choices: Sequence[int], tokens: Sequence[int], parents: Sequence[int] |
 
 
 def reject_chain(p: Tensor, q: Tensor, tokens: Tensor, generator: Generator) -> Tensor:
-    """Speculative sampling (Leviathan et al. 2211.17192, Chen et al. 2302.01318) -> [2] int64: (accepted a, next
-    token), on the device.
+    """Speculative sampling (Leviathan et al. 2211.17192, Chen et al. 2302.01318) -> [2] int64: accepted a, next token.
 
     p [K+1, V], q [K, V] fp32, tokens [K] the drafts, x_i ~ q_i. Draft i is accepted iff u_i < p_i(x_i) / q_i(x_i),
     written u_i q_i(x_i) < p_i(x_i). The first rejected one, a, is replaced by a draw from norm(max(p_a - q_a, 0)); if
     none is, the next token is drawn from p_K. A residual without mass means p_a = q_a up to rounding: then p_a itself.
     One-hot q is the rule of greedy drafts. The K numbers that accept and the one that draws are taken from the
-    generator one after the other, so they are independent.
+    generator one after the other, so they are independent. Nothing comes to the host.
     """
     drafts = q.shape[0]
     if not drafts:
@@ -70,8 +67,7 @@ def reject_chain(p: Tensor, q: Tensor, tokens: Tensor, generator: Generator) -> 
 def reject_tree(
     p: Tensor, q: Tensor, tokens: Sequence[int] | Tensor, parents: Sequence[int], generator: Generator
 ) -> tuple[list[int], int]:
-    """Recursive rejection (SpecInfer, Miao et al. 2305.09781, multi-step speculative sampling) -> (path of rows from 0,
-    next token).
+    """Recursive rejection (multi-step speculative sampling of SpecInfer, Miao et al. 2305.09781) -> (path, next token).
 
     p [N+1, V] after each row, q [N, V] of rows 1..N, fp32; tokens [N+1] and parents [N+1] of the rows, row 0 the last
     committed token. At a row with law p, each child c in order: accept it iff u_c q_c(x_c) < p(x_c), else p <-
@@ -84,13 +80,13 @@ def reject_tree(
     u = laws.uniforms(len(parents), generator).cpu()
     p, q, rows = p.cpu(), q.cpu(), rows.cpu()
     at = rows[1:, None]
-    odds = u[1:] * q.gather(1, at).squeeze(1)  # u_c q_c(x_c), [N]
-    thresholds, drafts = odds.tolist(), rows.tolist()
+    bars = (u[1:] * q.gather(1, at).squeeze(1)).tolist()  # u_c q_c(x_c) of rows 1..N
+    drafts = rows.tolist()
     path = [0]
     while True:
-        law, here = p[path[-1]], path[-1]
-        for child in branches[here]:
-            if thresholds[child - 1] < law[drafts[child]].item():
+        law = p[path[-1]]
+        for child in branches[path[-1]]:
+            if bars[child - 1] < law[drafts[child]].item():
                 path.append(child)
                 break
             law = _residual(law, q[child - 1])

@@ -47,9 +47,11 @@ class History:
         return twin
 
     def rows(self, tokens: Tensor, ancestors: Tensor | None = None) -> RowHistory:
-        """The histories of a pass. tokens [N]: row 0 is the last committed token, which is counted already. ancestors:
-        bool [N, N],
-        row i sees itself and its ancestors (`ops.trees.ancestors`, on the tokens' device); None = a chain."""
+        """The histories of a pass. tokens [N]: row 0 is the last committed token, which is counted already.
+
+        ancestors: bool [N, N], row i sees itself and its ancestors (`ops.trees.ancestors`, on the tokens' device);
+        None = a chain.
+        """
         return RowHistory(self, tokens, ancestors)
 
     def _add(self, tokens: Sequence[int], amount: float) -> None:
@@ -60,10 +62,10 @@ class History:
 
 @dataclass(slots=True)
 class RowHistory:
-    """The history of each of a pass's N rows: what is committed, then the drafts on the way from the root to the row,
-    itself included.
+    """The histories of a pass's N rows: what is committed, then the drafts from the root down to the row, itself included.
 
-    Nothing is computed before it is asked for, and nothing comes to the host."""
+    Nothing is computed before it is asked for, and nothing comes to the host.
+    """
 
     committed: History
     tokens: Tensor  # [N] int64
