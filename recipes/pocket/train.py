@@ -117,7 +117,10 @@ def train(args) -> None:
     ids, mask = pack(args.corpus / "train.jsonl", tokenizer)
     held_ids, held_mask = pack(args.corpus / "eval.jsonl", tokenizer)
     model = build(args, tokenizer).to(args.device)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(ids)} tokens, {len(held_ids)} held out", flush=True)
+    print(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(ids)} tokens, {len(held_ids)} held out",
+        flush=True,
+    )
     steps_of = torch.compile(model) if args.compile else model
     teacher = AutoModelForCausalLM.from_pretrained(args.teacher).to(args.device) if args.teacher else None
     opts = optimizers(model)
@@ -144,9 +147,14 @@ def train(args) -> None:
         step += 1
         if step % 25 == 0:
             rate = step * args.batch * args.length / (time.monotonic() - began)
-            print(f"{step} loss {loss.item():.3f} assistant {assistant.item():.3f} {rate:.0f} tokens/s {elapsed:.1%}", flush=True)
+            print(
+                f"{step} loss {loss.item():.3f} assistant {assistant.item():.3f} {rate:.0f} tokens/s {elapsed:.1%}",
+                flush=True,
+            )
         if step % 500 == 0:
-            print(f"{step} held out {evaluate(model, held_ids, held_mask, args.batch, args.length, 16):.4f}", flush=True)
+            print(
+                f"{step} held out {evaluate(model, held_ids, held_mask, args.batch, args.length, 16):.4f}", flush=True
+            )
             model.save_pretrained(args.output / "last")
     model = model.to(torch.bfloat16)
     final = evaluate(model, held_ids, held_mask, 6, 768, 60)
@@ -162,7 +170,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="where the model is saved")
     parser.add_argument("--hours", type=float, default=2.0, help="length of the run")
     parser.add_argument("--hold", type=float, default=0.4, help="share of the run before the learning rate falls")
-    parser.add_argument("--half-length", type=float, default=0.6, help="share of the run on sequences of half the length")
+    parser.add_argument(
+        "--half-length", type=float, default=0.6, help="share of the run on sequences of half the length"
+    )
     parser.add_argument("--teacher", help="folder of a model with the same tokenizer to learn from as well")
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--width", type=int, default=192)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from understudy.cli.common import ModelOptions, load
 from understudy.cli.options import config_command
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from understudy.api import Engine
     from understudy.decoding.stats import Stats
 
-DRAFTERS = ("none", "null", "prompt-lookup", "early-exit,exit_layer=4,steps=3")
+DRAFTERS = ("none", "null", "prompt-lookup", "early-exit,exit_layer=4")
 SHOWN = 2  # prompts whose answer is printed
 
 
@@ -22,6 +22,9 @@ class DemoConfig(ModelOptions):
     drafter: list[str] = option(list(DRAFTERS), "NAME[:PATH][,key=value...] to compare with none (repeatable)")
     num_prompts: int = option(8, "prompts of the built-in set", "num-samples", ge=1)
     max_new_tokens: int = option(96, "most new tokens per answer", "max-tokens", ge=2)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "float32", "dtype of the weights; in float32 outputs are identical, below it near ties may fall otherwise"
+    )
 
 
 @config_command(DemoConfig)
@@ -61,9 +64,13 @@ def command(config: DemoConfig) -> int:
             totals[name].merge(stats)
         for name, output in outputs.items():
             same[name] += output == outputs["none"]
-    table = Table(box=box.SIMPLE, title=f"{len(prompts)} prompts, at most {config.max_new_tokens} new tokens, greedy")
+    table = Table(
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+        title=f"{len(prompts)} prompts, at most {config.max_new_tokens} new tokens, greedy",
+    )
     table.add_column("drafter", no_wrap=True)
-    for column in ("tokens/s", "speed-up", "tau", "accepted", "rejected", "same output"):
+    for column in ("tokens/s", "speed-up", "tau", "accepted", "rejected", "same"):
         table.add_column(column, justify="right")
     plain = totals["none"].tokens_per_s
     for name, stats in totals.items():
