@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 OTHER_WEIGHT = 0.3  # weight of tokens that are not the assistant's
 MUON_LR, ADAMW_LR = 1e-2, 2e-3
+FINAL = (6, 768, 60)  # sequences, tokens and batches of the loss that models are compared by
 
 
 def pack(path: Path, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,8 +113,17 @@ def schedule(elapsed: float, step: int, hold: float) -> float:
     return min(1.0, (step + 1) / 100) * (1.0 if elapsed < hold else max(0.02, (1 - elapsed) / (1 - hold)))
 
 
+def report(args, tokenizer) -> None:
+    """The held-out loss of a finished model: the figure that models are compared by."""
+    ids, mask = pack(args.corpus / "eval.jsonl", tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(args.evaluate, dtype=torch.bfloat16).to(args.device)
+    print(f"{args.evaluate} final held out {evaluate(model, ids, mask, *FINAL):.4f}", flush=True)
+
+
 def train(args) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    if args.evaluate is not None:
+        return report(args, tokenizer)
     ids, mask = pack(args.corpus / "train.jsonl", tokenizer)
     held_ids, held_mask = pack(args.corpus / "eval.jsonl", tokenizer)
     model = build(args, tokenizer).to(args.device)
@@ -157,7 +167,7 @@ def train(args) -> None:
             )
             model.save_pretrained(args.output / "last")
     model = model.to(torch.bfloat16)
-    final = evaluate(model, held_ids, held_mask, 6, 768, 60)
+    final = evaluate(model, held_ids, held_mask, *FINAL)
     print(f"{step} final held out {final:.4f} after {step * args.batch * args.length / 1e6:.2f} M tokens", flush=True)
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
@@ -167,7 +177,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, required=True, help="folder with train.jsonl and eval.jsonl")
     parser.add_argument("--tokenizer", required=True, help="folder with the tokenizer and its chat template")
-    parser.add_argument("--output", type=Path, required=True, help="where the model is saved")
+    parser.add_argument("--output", type=Path, default=Path("runs/pocket"), help="where the model is saved")
+    parser.add_argument("--evaluate", help="train nothing: print the held-out loss of the model in this folder")
     parser.add_argument("--hours", type=float, default=2.0, help="length of the run")
     parser.add_argument("--hold", type=float, default=0.4, help="share of the run before the learning rate falls")
     parser.add_argument(

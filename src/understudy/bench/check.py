@@ -107,7 +107,9 @@ class Checker:
             return self.processors.apply(logits[-1:], history.rows(last))[0]
 
 
-def verdict(modes: Sequence[Mode], found: dict[str, list[Divergence]], rejected: dict[str, int | None]) -> dict[str, Any]:
+def verdict(
+    modes: Sequence[Mode], found: dict[str, list[Divergence]], rejected: dict[str, int | None]
+) -> dict[str, Any]:
     """What `--check` says of all modes: passed or not, why not, and where the proof is thin."""
     failures, warnings = [], []
     for mode in modes:

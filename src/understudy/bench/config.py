@@ -12,11 +12,10 @@ from understudy.core.config import Config, option
 Baseline = Literal["none", "null", "hf", "hf-prompt-lookup", "hf-early-exit"]
 BASELINES: tuple[str, ...] = get_args(Baseline)
 
-# What a preset fixes. Every published figure is measured with one of them as it stands here; an option given beside it
-# wins, and results.json then says so in `env.preset_changed`.
+# What a preset fixes, with the built-in model. Every published figure is measured with one of them as it stands here; an
+# option given beside it wins, and results.json then says so in `env.preset_changed`.
 PRESETS: dict[str, dict[str, Any]] = {
     "pocket": {
-        "model": None,  # the built-in model
         "prompts": None,  # the shipped set, from its first row on
         "num_prompts": 24,
         "max_new_tokens": 96,
@@ -41,18 +40,8 @@ def _listed(value: Any) -> Any:
 
 
 class BenchConfig(Config):
-    """Options of `understudy bench`."""
+    """Who is compared on what, and how. Which model, and how it is loaded, the command line adds (`understudy.cli.bench`)."""
 
-    model: str | None = option(
-        None,
-        "name or folder of the target; default: the built-in model",
-        "model-id",
-        "model-path",
-        "target-model-path",
-        "target-model",
-        "model-name",
-        min_length=1,
-    )
     drafter: list[str] = option(
         [], "NAME[:PATH][,key=value...], repeatable; default: every drafter that needs no files"
     )
@@ -92,10 +81,6 @@ class BenchConfig(Config):
     presence_penalty: float | None = option(None, "subtracted from the logit of every token in the output", ge=-2, le=2)
     frequency_penalty: float | None = option(None, "the same, once for each time that it is there", ge=-2, le=2)
     seed: int = option(0, "seed of all random streams", ge=0)
-
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "number format; auto = as saved")
-    device: str | None = option(None, "cpu, cuda or mps; default: the best there is")
-    trust_remote_code: bool = option(False, "run modelling code that comes with the checkpoint")
 
     check: bool = option(False, "fail (exit code 1) when an output differs from plain decoding's beyond a near tie")
     detailed_timing: bool = option(False, "on CUDA: time every section with events, for the breakdown; costs a little")

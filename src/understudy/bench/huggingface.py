@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
 
 from understudy.bench.modes import Turn, now, undisturbed
 from understudy.core.errors import UserError
@@ -73,11 +74,11 @@ class HuggingFaceMode:
         sampling: SamplingParams,
         stop_ids: Sequence[int],
         given: Sequence[str],
-        steps: int | None,
+        **defaults: Any,
     ) -> None:
-        """`given`: the drafters as given; `steps`: K where they do not say."""
+        """`given`: the drafters as given; `defaults`: draft options where they do not say."""
         method = METHODS[name]
-        settings = None if method.counterpart is None else _settings(method.counterpart, target, given, steps)
+        settings = None if method.counterpart is None else _settings(method.counterpart, target, given, defaults)
         self.name, self.target, self.seed = name, target, sampling.seed
         self.stop_ids = frozenset(stop_ids)
         self.call = method.call(settings)
@@ -106,8 +107,9 @@ class HuggingFaceMode:
     def _config(self) -> Iterator[None]:
         """Our GenerationConfig in the place of the model's own."""
         model = self.target.model
-        own = model.generation_config
+        own, level = model.generation_config, logging.get_verbosity()
         model.generation_config = self.config
+        logging.set_verbosity_error()  # early exit passes itself what transformers warns about
         try:
             yield
         except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError) as error:
@@ -119,6 +121,7 @@ class HuggingFaceMode:
             ) from error
         finally:
             model.generation_config = own
+            logging.set_verbosity(level)
 
 
 class Clock(BaseStreamer):
@@ -136,10 +139,10 @@ class Clock(BaseStreamer):
         """Nothing is held back."""
 
 
-def _settings(counterpart: str, target: Target, given: Sequence[str], steps: int | None) -> Any:
+def _settings(counterpart: str, target: Target, given: Sequence[str], defaults: dict[str, Any]) -> Any:
     """The config of the first drafter of that name that was given, else of a default one."""
     text = next((text for text in given if parse(text)[0].name == counterpart), counterpart)
-    return build(text, target, steps=steps).config
+    return build(text, target, **defaults).config
 
 
 def _stats(passes: list[int], length: int) -> Stats:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from understudy.bench.config import BenchConfig
 from understudy.bench.huggingface import METHODS, HuggingFaceMode
 from understudy.bench.modes import EngineMode, Mode
@@ -19,32 +21,39 @@ def law(config: BenchConfig, target: Target) -> SamplingParams:
     return params_from_generation_config(getattr(target.model, "generation_config", None), **config.sampling())
 
 
-def line_up(config: BenchConfig, target: Target) -> list[Mode]:
-    """All modes: baselines first, `none` before all, then the drafters as given. A name stands once."""
+def drafters(config: BenchConfig) -> list[str]:
+    """The drafters as given; without any, all that need no files."""
+    able = [name for name, spec in specs().items() if not spec.takes_path and name not in (PLAIN, WRONG)]
+    return config.drafters() or able
+
+
+def line_up(config: BenchConfig, target: Target, **defaults: Any) -> list[Mode]:
+    """All modes: baselines first, `none` before all, then the drafters as given. A name stands once.
+
+    `defaults` are draft options that apply where a drafter's text does not say and the drafter has them.
+    """
     sampling = law(config, target)
     stop_ids = () if config.ignore_eos else target.eos_ids
-    given = config.drafters() or [
-        name for name, spec in specs().items() if not spec.takes_path and name not in (PLAIN, WRONG)
-    ]
-    baselines = [name for name in config.all_baselines() if name == PLAIN or name not in given]
+    given = drafters(config)
+    defaults["steps"] = config.steps
 
-    def engine(text: str, steps: int | None, adaptive: bool = False) -> EngineMode:
+    def engine(text: str, adaptive: bool = False, **options: Any) -> EngineMode:
         params = DecodeParams(
             max_new_tokens=config.max_new_tokens,
             adaptive=adaptive,
             draft_sampling=config.draft_sampling,
             detailed_timing=config.detailed_timing,
         )
-        drafter = build(text, target, steps=steps)
+        drafter = build(text, target, **(defaults | options))
         return EngineMode(text, target, drafter, params, sampling, StopRule(stop_ids), config.verbose)
 
-    drafters = [engine(text, config.steps, config.adaptive) for text in given if text != PLAIN]
+    compared = [engine(text, config.adaptive) for text in given if text != PLAIN]
     # the honest loser drafts as many tokens as the widest drafter beside it
-    widest = max((mode.drafter.steps for mode in drafters), default=0)
+    widest = max((mode.drafter.steps for mode in compared), default=config.steps)
     beside: list[Mode] = []
-    for name in baselines:
+    for name in config.all_baselines():
         if name in METHODS:
-            beside.append(HuggingFaceMode(name, target, sampling, stop_ids, given, config.steps))
-        else:
-            beside.append(engine(name, widest or config.steps))
-    return [*beside, *drafters]
+            beside.append(HuggingFaceMode(name, target, sampling, stop_ids, given, **defaults))
+        elif name == PLAIN or name not in given:
+            beside.append(engine(name, steps=widest))
+    return [*beside, *compared]

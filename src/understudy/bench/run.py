@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from understudy.assets import pocket_path, prompts_path
+from understudy.assets import prompts_path
 from understudy.bench import tables
 from understudy.bench.check import Checker, verdict
 from understudy.bench.config import BenchConfig
@@ -27,34 +27,40 @@ from understudy.bench.results import PLAIN, REFERENCE, WRONG, median_repeat, row
 from understudy.core.errors import UserError
 from understudy.core.files import write_json, write_text
 from understudy.core.provenance import environment
-from understudy.data.prompts import load_prompts, render
-from understudy.target.loading import load_target
+from understudy.data.prompts import Prompt, load_prompts, render
 from understudy.target.memory import memory_guard
 from understudy.target.target import Target
 
-POCKET = "pocket"
 SAMPLES, SAMPLE_TOKENS = 3, 32
 CHECK_FAILED = 1
 OVERHEAD_NOTE = (
     "overhead = 1 - (draft + verify) / decode time; a draft that runs no model (null, prompt-lookup) counts as overhead too."
-    " It holds the cost of Python inside draft and verify to be model time; efficiency does as well"
+    " Python's own cost inside draft and verify counts as model time"
 )
 DRAWN_NOTE = (
     "at a temperature outputs are drawn, so they are not compared: that the law is the same is proved by the tests"
 )
 
 
-def run(config: BenchConfig) -> tuple[dict[str, Any], int]:
-    """Load, measure, print and write: (results, exit code)."""
-    path = config.prompts or prompts_path()
-    asked = load_prompts(path, config.num_prompts)
-    name = str(pocket_path()) if config.model in (None, POCKET) else str(config.model)
-    target = load_target(name, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code)
-    prompts = [render(target.tokenizer, prompt.messages) for prompt in asked]
+def read_prompts(config: BenchConfig) -> list[Prompt]:
+    """The prompts that are asked for."""
+    return load_prompts(config.prompts or prompts_path(), config.num_prompts)
+
+
+def run(
+    config: BenchConfig, target: Target, asked: Sequence[Prompt] | None = None, **defaults: Any
+) -> tuple[dict[str, Any], int]:
+    """Measure, print and write: (results, exit code). `asked` stands for `read_prompts`; `defaults` are draft options."""
+    asked = read_prompts(config) if asked is None else asked
+    path = Path(config.prompts or prompts_path())
     with memory_guard(target):
-        results, turns = bench(config, target, prompts)
-    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    results["env"]["prompts"] |= {"file": str(path), "sha256": digest}
+        prompts = [render(target.tokenizer, prompt.messages) for prompt in asked]
+        results, turns = bench(config, target, prompts, **defaults)
+    results["env"]["prompts"] |= {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    if config.num_prompts and len(asked) < config.num_prompts:
+        results["notes"].append(
+            f"{path.name} holds {len(asked)} prompts: fewer than --num-prompts {config.num_prompts}"
+        )
     if later := sum(bool(prompt.turns) for prompt in asked):
         results["notes"].append(
             f"{later} prompts have later turns, which were not asked: only first answers are measured"
@@ -64,12 +70,14 @@ def run(config: BenchConfig) -> tuple[dict[str, Any], int]:
     return results, CHECK_FAILED if results["check"] and not results["check"]["passed"] else 0
 
 
-def bench(config: BenchConfig, target: Target, prompts: Sequence[list[int]]) -> tuple[dict[str, Any], dict[str, Turns]]:
+def bench(
+    config: BenchConfig, target: Target, prompts: Sequence[list[int]], **defaults: Any
+) -> tuple[dict[str, Any], dict[str, Turns]]:
     """Measure `prompts` (token ids) with every mode: (results without the prompts' file, all turns)."""
     began = time.perf_counter()
     _fits(prompts, target)
     sampling = law(config, target)
-    modes = line_up(config, target)
+    modes = line_up(config, target, **defaults)
     with _progress(config, len(modes) * len(prompts) * config.repeats) as (seen, status):
         status("warming up")
         warm_up(modes, prompts, config.max_new_tokens)

@@ -14,26 +14,27 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from understudy.core.records import Cycle
+from understudy.core.records import Budget, Cycle, Proposal
 from understudy.decoding.sequence import DecodeSequence
+from understudy.ops.trees import depths
 
 
 def decode(sequence: DecodeSequence) -> Iterator[Cycle]:
     """Yield cycles until the turn ends. Cycle 0 commits the prompt's last rows and the first new token."""
-    index = 0
     while sequence.finished is None:
         with torch.inference_mode():
             tokens = len(sequence.tokens)
             try:
-                cycle = _first(sequence) if sequence.pending is not None else _cycle(sequence, index)
+                cycle = _first(sequence) if sequence.pending is not None else _cycle(sequence)
             except BaseException:
                 if sequence.pending is None:
                     sequence.target.rewind(tokens)
+                    sequence.draft.rewind(tokens)
                 raise
+        sequence.cycles += 1
         for listener in sequence.listeners:
             listener.on_cycle(cycle)
         yield cycle
-        index += 1
 
 
 def _first(sequence: DecodeSequence) -> Cycle:
@@ -46,7 +47,7 @@ def _first(sequence: DecodeSequence) -> Cycle:
     return _finish(sequence, Cycle(0, new, 0, [], None, list(new), rows, None, False, before, {}), range(rows.width))
 
 
-def _cycle(sequence: DecodeSequence, index: int) -> Cycle:
+def _cycle(sequence: DecodeSequence) -> Cycle:
     watch = sequence.watch
     watch.start()
     before = sequence.target.lengths()
@@ -54,6 +55,7 @@ def _cycle(sequence: DecodeSequence, index: int) -> Cycle:
     budget = sequence.budget()
     if budget.depth:
         proposal = sequence.draft.propose(budget, sequence.recorder.begin())
+        assert _within(budget, proposal), f"a drafter proposed more than its budget of {budget}"
         q = sequence.recorder.settle(proposal)
     watch.lap("draft")
     rows = sequence.target.verify(proposal)
@@ -62,8 +64,17 @@ def _cycle(sequence: DecodeSequence, index: int) -> Cycle:
     new = [tokens[row] for row in path[1:]] + [choices[path[-1]]]
     watch.lap("sample")
     parents = None if proposal is None else proposal.parents
+    index = max(sequence.cycles, 1)  # 0 is the prefill's, also where its first token was rewound
     cycle = Cycle(index, new, len(path) - 1, tokens[1:], parents, choices, rows, proposal, False, before, {})
     return _finish(sequence, cycle, path)
+
+
+def _within(budget: Budget, proposal: Proposal) -> bool:
+    if proposal.parents is None:
+        return proposal.tokens.shape[0] <= budget.depth
+    if proposal.tokens.shape[0] > budget.nodes:
+        return False
+    return max(depths([-1, *(p + 1 for p in proposal.parents)])) <= budget.depth
 
 
 def _finish(sequence: DecodeSequence, cycle: Cycle, path: Sequence[int]) -> Cycle:

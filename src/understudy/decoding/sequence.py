@@ -49,6 +49,7 @@ class DecodeSequence:
         self.length: DraftLength = AdaptiveLength(steps) if params.adaptive else FixedLength(steps)
         self.watch = Stopwatch(target.device, params.detailed_timing)
         self.prefill_seconds: dict[str, float] = {}  # of this turn's prompt passes, by section; counted with cycle 0
+        self.cycles = 0  # of this turn, so far
         self.prompt = 0  # tokens before the output of this turn
         self.pending: Rows | None = None  # the last prompt rows, run but not yet committed
         self.finished: str | None = None  # "stop" or "length" once the turn has ended
@@ -90,6 +91,19 @@ class DecodeSequence:
                 f"the prompt has {total} tokens, the model's context is {self.model.context}: shorten the prompt"
             )
         self.watch.start()
+        before = len(self.tokens)
+        try:
+            self._run_prompt(prompt, total)
+        except BaseException:
+            self.rewind(before)
+            raise
+        self.prompt, self.finished, self.cycles = len(self.tokens), None, 0
+        self.chooser.begin(self.tokens)
+        self.watch.lap("verify")
+        self.prefill_seconds = self.watch.stop()
+
+    def _run_prompt(self, prompt: Sequence[int], total: int) -> None:
+        """All chunks; the last one waits in `pending`, with its tokens in the text."""
         self.target.cache.reserve(min(total + self.params.max_new_tokens, self.model.context) + self._widest())
         todo = [*self.tokens[-1:], *prompt]
         if not self.tokens:
@@ -105,10 +119,6 @@ class DecodeSequence:
                 else:
                     self.tokens.extend(part[1:])
                     self.pending = rows
-        self.prompt, self.finished = len(self.tokens), None
-        self.chooser.begin(self.tokens)
-        self.watch.lap("verify")
-        self.prefill_seconds = self.watch.stop()
 
     def _widest(self) -> int:
         nodes = self.drafter_model.nodes
@@ -126,11 +136,15 @@ class DecodeSequence:
 
     def rewind(self, tokens: int) -> None:
         """Go back to the first `tokens` tokens of the text, in the target and in the drafter. The turn is open again."""
+        if self.pending is not None:
+            self.target.length = self.pending.start + self.pending.width
         self.target.rewind(tokens)
         self.draft.rewind(tokens)
         self.prompt, self.finished, self.pending = min(self.prompt, tokens), None, None
-        if self.chooser.history is not None:
+        if self.chooser.history is not None and self.output:
             self.chooser.history.truncate(len(self.output))
+        else:
+            self.chooser.begin(self.tokens)
 
     def fork(self, index: int) -> DecodeSequence:
         """Another sequence that continues from here with random streams of its own: several samples from one prefill."""

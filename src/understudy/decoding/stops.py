@@ -33,8 +33,7 @@ class StopRule:
     def _cut_by_text(self, output: Sequence[int], new: Sequence[int]) -> int | None:
         assert self.decode is not None
         before = list(output[max(0, len(output) - self._window) :])
-        if not self._found(self.decode([*before, *new])):
-            return None
+        # token by token, as without drafts: what a token says may depend on the one after it
         for end in range(1, len(new) + 1):
             if self._found(self.decode([*before, *new[:end]])):
                 return end

@@ -90,10 +90,11 @@ def _chain_mask(start: int, width: int, window: int | None, groups: int, like: T
 class PassHolder:
     """Where the attention modules of a stage find the pass at hand. One per stage; passes do not nest."""
 
-    __slots__ = ("current",)
+    __slots__ = ("current", "windows")
 
     def __init__(self) -> None:
         self.current: Pass | None = None
+        self.windows: dict[int, int | None] | None = None  # layer -> the window it asked for, while the probe looks
 
 
 def attention(
@@ -115,6 +116,8 @@ def attention(
     holder: PassHolder = module.understudy_pass  # type: ignore[assignment]
     at = holder.current
     assert at is not None, "a stage of the target was called outside Target.forward"
+    if holder.windows is not None:
+        holder.windows[module.layer_idx] = sliding_window  # type: ignore[index]
     first = at.first_key(sliding_window)
     if first:
         key, value = key[:, :, first:], value[:, :, first:]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from understudy.core.errors import UserError
@@ -15,6 +16,7 @@ from understudy.target.probe import probe
 from understudy.target.target import Target
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 RECURRENT_KINDS = ("linear_attention", "mamba", "conv", "recurrent", "ssm", "gated_delta")
 
 
@@ -89,7 +91,10 @@ def _config(name: str, hub: dict[str, Any]) -> Any:
 def _refuse_remote_code(path: Path, hub: dict[str, Any]) -> None:
     from transformers import CONFIG_MAPPING
 
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path / 'config.json'}: {_first_line(error)}") from error
     if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING and not hub["trust_remote_code"]:
         raise UserError(
             f"{path} carries its own modelling code, which would run here: read it, then pass --trust-remote-code to allow it"
@@ -106,12 +111,17 @@ def _weights(name: str, config: Any, kwargs: dict[str, Any]) -> nn.Module:
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     auto = AutoModelForCausalLM if known else AutoModelForImageTextToText
     try:
-        model: nn.Module = auto.from_pretrained(name, **kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, MemoryError) as error:
+        model, report = auto.from_pretrained(name, output_loading_info=True, **kwargs)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, MemoryError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise UserError(what_would_fit(f"loading {name}")) from error
         raise UserError(f"cannot load {name} as a causal language model: {_first_line(error)}") from error
-    return model
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"{name} lacks {len(missing)} weights ({missing[0]}, ...), which would be random: is the download complete?"
+        )
+    loaded: nn.Module = model
+    return loaded
 
 
 def _to(model: nn.Module, device: str) -> nn.Module:
@@ -126,6 +136,11 @@ def _to(model: nn.Module, device: str) -> nn.Module:
 def _tokenizer(name: str, hub: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
+    path = Path(name)
+    if path.is_dir() and not any((path / file).is_file() for file in TOKENIZER_FILES):
+        raise UserError(
+            f"{name} holds no tokenizer ({TOKENIZER_FILES[0]}, ...): copy it from the model that it was made from"
+        )
     try:
         return AutoTokenizer.from_pretrained(name, **hub)
     except (OSError, ValueError, KeyError) as error:

@@ -61,9 +61,28 @@ def _all_logits(target: Target, ids: Tensor) -> Tensor:
 
 def _plain(target: Target, ids: Tensor, _: int | None) -> tuple[Tensor, Tensor]:
     session = TargetSession(target, Needs(logits=True))
-    logits = session.prefill(ids.tolist(), True).logits
-    assert logits is not None and all(session.cache.written), "some layers keep no keys and values of their own"
+    holder = target.stage(0, target.layers).holder
+    holder.windows = {}
+    try:
+        logits = session.prefill(ids.tolist(), True).logits
+        assert logits is not None and all(session.cache.written), "some layers keep no keys and values of their own"
+        _check_windows(target, holder.windows)
+    finally:
+        holder.windows = None
     return logits, target.model(input_ids=ids[None], use_cache=False).logits[0]
+
+
+def _check_windows(target: Target, asked: dict[int, int | None]) -> None:
+    """A window is wider than the probe's rows, so it cannot be crossed here; that attention is told of it can be seen."""
+    kinds = getattr(target.config, "layer_types", None)
+    window = getattr(target.config, "sliding_window", None)
+    if getattr(target.config, "use_sliding_window", True) is False:
+        window = None
+    for layer in range(target.layers):
+        kind = kinds[layer] if kinds else "sliding_attention"
+        assert kind in ("full_attention", "sliding_attention"), f"layer {layer} has {kind}"
+        expected = window if kind == "sliding_attention" else None
+        assert asked.get(layer) == expected, f"layer {layer} has a window of {expected} that attention is not told of"
 
 
 def _after_prefix(target: Target, ids: Tensor, needs: Needs = Needs()) -> TargetSession:

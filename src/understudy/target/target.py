@@ -38,8 +38,15 @@ class Target:
 
     @cached_property
     def context(self) -> int:
-        """Most tokens of a text, prompt and answer together."""
-        return int(getattr(self.config, "max_position_embeddings", 0) or 2**31)
+        """Most tokens of a text, prompt and answer together.
+
+        LongRoPE changes all rotary factors at a length: keys that were cached before it would be wrong after it, so texts end there.
+        """
+        most = int(getattr(self.config, "max_position_embeddings", 0) or 2**31)
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":
+            most = min(most, int(rope.get("original_max_position_embeddings", most)))
+        return most
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
