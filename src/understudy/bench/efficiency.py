@@ -10,8 +10,8 @@ down slows all three. Median per state, mean over states.
 Cycles differ: a look-up finds nothing and the cycle is a plain step, or confidence ends a draft early. So states are sampled
 evenly over cycles, and the means are weighted by how often each draft length occurred in the measured run.
 
-Model time is time inside the layers and heads of target and drafter. Whether drafting runs a model at all is seen here too, by
-whether it multiplies matrices; if it does not (prompt lookup), its time counts as overhead.
+Model time is time inside the layers and heads of target and drafter. The time of a drafter that runs no model (prompt lookup)
+counts as overhead.
 """
 
 from __future__ import annotations
@@ -22,15 +22,12 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from understudy.bench.modes import EngineMode, Turn, now, undisturbed
 from understudy.core.records import Proposal
 from understudy.decoding.engine import decode
 from understudy.decoding.sequence import DecodeSequence
 
 STATES, PROMPTS, TRIES = 48, 8, 5
-PRODUCTS = ("mm", "linear", "matmul", "attention", "conv")  # in the names of the operations that models are made of
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class Alone:
     draft: float
     verify: float
     states: int
-    runs_model: bool  # drafting multiplies matrices
+    runs_model: bool  # drafting runs layers or a head: its time is model time
 
     def ideal(self, tau: float) -> float:
         """The decode speed-up of an engine without overhead."""
@@ -62,18 +59,6 @@ class Alone:
         return {**{f"{name}_ms": 1000 * seconds for name, seconds in names.items()}, "states": self.states}
 
 
-class _Watcher(TorchDispatchMode):
-    """Notes whether anything under it multiplies matrices."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen = self.seen or any(name in func.__name__ for name in PRODUCTS)
-        return func(*args, **(kwargs or {}))
-
-
 def alone(mode: EngineMode, prompts: Sequence[list[int]], turns: Sequence[Turn], limit: int) -> Alone | None:
     """Time the parts of `mode`'s cycles. `turns`: its measured answers to `prompts`. None if there was no cycle at all."""
     busy = [i for i, turn in enumerate(turns) if turn.stats.cycles]
@@ -82,19 +67,15 @@ def alone(mode: EngineMode, prompts: Sequence[list[int]], turns: Sequence[Turn],
     chosen = busy[:: -(-len(busy) // PROMPTS)]
     stride = max(1, sum(turns[i].stats.cycles for i in chosen) // STATES)
     samples: list[Sample] = []
-    watcher, count = _Watcher(), stride // 2
+    count = stride // 2
     with undisturbed():
         for index in chosen:
             sequence = mode.sequence(prompts[index], index, limit)
             for _ in decode(sequence):
                 if count % stride == 0 and sequence.finished is None:
-                    if not watcher.seen:
-                        with watcher:
-                            _propose(sequence)
-                        _reset(sequence)
                     samples.append(_sample(sequence))
                 count += 1
-    return _mean(samples, sum((turn.widths for turn in turns), Counter()), watcher.seen)
+    return _mean(samples, sum((turn.widths for turn in turns), Counter()), mode.drafter.runs_model)
 
 
 def _sample(sequence: DecodeSequence) -> Sample:

@@ -28,7 +28,7 @@ from understudy.bench.modes import Turn, now, undisturbed
 from understudy.core.errors import UserError
 from understudy.core.seeds import derive
 from understudy.decoding.stats import Stats
-from understudy.drafting.spec import build, parse
+from understudy.drafting.spec import configured, parse
 from understudy.target.memory import is_out_of_memory
 from understudy.target.params import SamplingParams
 from understudy.target.target import Target
@@ -142,7 +142,9 @@ class Clock(BaseStreamer):
 def _settings(counterpart: str, target: Target, given: Sequence[str], defaults: dict[str, Any]) -> Any:
     """The config of the first drafter of that name that was given, else of a default one."""
     text = next((text for text in given if parse(text)[0].name == counterpart), counterpart)
-    return build(text, target, **defaults).config
+    spec, path, config = configured(text, **defaults)
+    spec.build(config, target, path)  # refuses what does not fit the target
+    return config
 
 
 def _stats(passes: list[int], length: int) -> Stats:

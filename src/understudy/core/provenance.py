@@ -32,6 +32,12 @@ def _git_sha() -> str | None:
     return out.stdout.strip() or None
 
 
+def _program() -> str:
+    """What was typed: under `python -m understudy` the interpreter names the file that it runs."""
+    name = Path(sys.argv[0]).name
+    return "understudy" if name == "__main__.py" else name
+
+
 def _processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -47,7 +53,7 @@ def environment(seed: int | None = None) -> dict[str, Any]:
     import torch
 
     return {
-        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "argv": [_program(), *sys.argv[1:]],
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "git": _git_sha(),
         "python": platform.python_version(),

@@ -30,7 +30,7 @@ class RecordingSampler:
     def draw(self, logits: Tensor) -> Tensor:
         """Draft tokens [n] from raw logits [n, V]."""
         if not self.sample:
-            return logits.argmax(-1)
+            return laws.argmax(logits)
         q = laws.law(self.processors.warp(logits))
         tokens = laws.draw(q, self.random)
         self.draws.append(tokens)
@@ -90,9 +90,9 @@ class Chooser:
 
     def _choose(self, logits: Tensor, rows: Rows) -> Tensor:
         if self.processors.identity and self.processors.greedy:
-            return logits.argmax(-1)
+            return laws.argmax(logits)
         processed = self.processed(logits, rows)
-        return processed.argmax(-1) if self.processors.greedy else laws.draw(laws.law(processed), self.random)
+        return laws.argmax(processed) if self.processors.greedy else laws.draw(laws.law(processed), self.random)
 
     def judge(self, rows: Rows, q: Tensor | None) -> tuple[list[int], list[int], list[int]]:
         """(path of accepted rows, the target's choice after each row, the token of each row). One transfer to the host.

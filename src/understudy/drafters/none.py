@@ -16,6 +16,7 @@ class NoneSession(StatelessSession):
 
 class NoneDrafter(Drafter):
     steps = 0
+    runs_model = False
 
     def session(self, view: View) -> NoneSession:
         return NoneSession(view)

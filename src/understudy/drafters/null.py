@@ -10,7 +10,7 @@ from typing import Self
 
 from torch import Tensor
 
-from understudy.core.records import Budget, Commit, Needs, Proposal
+from understudy.core.records import Budget, Commit, Proposal
 from understudy.drafting.protocols import Drafter, DraftSampler, View
 from understudy.drafting.spec import DrafterConfig, Spec
 from understudy.drafting.stateless import StatelessSession, nothing
@@ -28,7 +28,7 @@ class NullSession(StatelessSession):
         logits = commit.rows.logits
         if logits is not None:
             row = commit.path[-1] if logits.shape[0] == commit.rows.width else -1
-            self.worst = logits[row].argmin()[None]
+            self.worst = logits[row].min(dim=0).indices[None]
 
     def propose(self, budget: Budget, sampler: DraftSampler) -> Proposal:
         if self.worst is None:
@@ -42,7 +42,7 @@ class NullSession(StatelessSession):
 
 
 class NullDrafter(Drafter):
-    needs = Needs()
+    runs_model = False
 
     def __init__(self, steps: int) -> None:
         super().__init__()

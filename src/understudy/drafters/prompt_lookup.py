@@ -68,6 +68,8 @@ class PromptLookupSession(StatelessSession):
 
 
 class PromptLookupDrafter(Drafter):
+    runs_model = False
+
     def __init__(self, config: PromptLookupConfig) -> None:
         super().__init__()
         self.config, self.steps = config, config.steps

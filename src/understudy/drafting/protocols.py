@@ -68,6 +68,7 @@ class Drafter(nn.Module):
         False  # the tree's shape does not depend on drafted tokens, so its drafts may be drawn and rejected
     )
     needs: Needs = Needs()
+    runs_model: bool = True  # drafting runs layers or a head; False = its time is overhead, not model time
 
     def session(self, view: View) -> DraftSession:
         raise NotImplementedError

@@ -76,8 +76,8 @@ def parse(text: str) -> tuple[Spec, str | None, dict[str, str]]:
     return spec, path or None, options
 
 
-def build(text: str, target: Target, **defaults: Any) -> Drafter:
-    """The drafter that `text` names, for `target`. `defaults` apply where `text` says nothing and the drafter has the option."""
+def configured(text: str, **defaults: Any) -> tuple[Spec, str | None, DrafterConfig]:
+    """(spec, path, config) that `text` names. `defaults` apply where `text` says nothing and the drafter has the option."""
     spec, path, options = parse(text)
     names = spellings(spec.config)
     values = {key: value for key, value in defaults.items() if key in spec.config.model_fields and value is not None}
@@ -85,15 +85,19 @@ def build(text: str, target: Target, **defaults: Any) -> Drafter:
         if key not in names:
             near = difflib.get_close_matches(key, names, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
-            raise UserError(
-                f"drafter {spec.name} has no option {key!r}{hint}; it has: {', '.join(spec.config.model_fields)}"
-            )
+            known = ", ".join(spec.config.model_fields)
+            raise UserError(f"drafter {spec.name} has no option {key!r}{hint}; it has: {known}")
         values[names[key]] = yaml.safe_load(value) if value else value
     try:
-        config = spec.config.model_validate(values)
+        return spec, path, spec.config.model_validate(values)
     except pydantic.ValidationError as error:
         labels = {names[key]: Given(f"drafter {spec.name}: {key}", value) for key, value in options.items()}
         raise UserError(explain(error, labels)) from None
+
+
+def build(text: str, target: Target, **defaults: Any) -> Drafter:
+    """The drafter that `text` names, for `target`; `defaults` as in `configured`."""
+    spec, path, config = configured(text, **defaults)
     return spec.build(config, target, path)
 
 
