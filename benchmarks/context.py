@@ -22,7 +22,7 @@ from understudy.core.files import write_json
 from understudy.core.provenance import environment
 from understudy.data.prompts import load_prompts, render
 from understudy.decoding.engine import decode
-from understudy.target.attention import Pass, attention
+from understudy.target.attention import Pass, PassHolder, attention
 
 
 class _Clock:
@@ -63,18 +63,20 @@ def theirs(engine, ids: list[int], tokens: int) -> float:
 
 
 def attention_alone(target, length: int, repeats: int = 200) -> float:
-    """Seconds that one row's attention over `length` keys takes in all layers."""
+    """Seconds that one row's attention over `length` keys takes in all layers, each with keys and values of its own: reading them
+    is most of the cost."""
     config = target.config
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     query = torch.randn(1, config.num_attention_heads, 1, size, dtype=target.dtype)
-    slab = torch.randn(2, 1, config.num_key_value_heads, 2048, size, dtype=target.dtype)
+    slabs = torch.randn(target.layers, 2, 1, config.num_key_value_heads, 2048, size, dtype=target.dtype)
     module = torch.nn.Module()
-    module.understudy_pass = type("Holder", (), {"current": Pass(length - 1, 1)})()
+    module.understudy_pass = holder = PassHolder()
+    holder.current = Pass(length - 1, 1)
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
-        for _ in range(target.layers):
-            attention(module, query, slab[0, :, :, :length], slab[1, :, :, :length], None, scaling=size**-0.5)
+        for keys, values in slabs:
+            attention(module, query, keys[:, :, :length], values[:, :, :length], None, scaling=size**-0.5)
         times.append(time.perf_counter() - began)
     return statistics.median(times)
 

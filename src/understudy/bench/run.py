@@ -56,7 +56,8 @@ def run(
     with memory_guard(target):
         prompts = [render(target.tokenizer, prompt.messages) for prompt in asked]
         results, turns = bench(config, target, prompts, **defaults)
-    results["env"]["prompts"] |= {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    file = str(config.prompts) if config.prompts else "the built-in set"
+    results["env"]["prompts"] |= {"file": file, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     if config.num_prompts and len(asked) < config.num_prompts:
         results["notes"].append(
             f"{path.name} holds {len(asked)} prompts: fewer than --num-prompts {config.num_prompts}"

@@ -135,7 +135,7 @@ def readme(results: Row, samples: Sequence[dict[str, Any]]) -> str:
         "",
         f"- command: `{shlex.join(env['argv'])}`",
         f"- model: `{env['model']}`, {env['dtype']} on {env['device']}, attention of transformers: {env['hf_attention']}",
-        f"- prompts: {prompts['count']} of `{prompts['file']}` (sha256 {prompts['sha256'][:16]})",
+        f"- prompts: {prompts['count']} of {prompts['file']} (sha256 {prompts['sha256'][:16]})",
         f"- machine: {machine}{', ' + env['accelerator'] if env['accelerator'] else ''}; {env['platform']}, Python {env['python']}",
         f"- versions: {versions}; git {env['git'] or 'unknown'}",
         f"- time: {env['time']}; runtime {results['runtime_s']:.0f} s",

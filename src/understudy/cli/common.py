@@ -59,7 +59,7 @@ def load(options: ModelOptions) -> Target:
     transformers.utils.logging.disable_progress_bar()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    return load_target(
+    target = load_target(
         pocket_path() if options.model == "pocket" else options.model,
         dtype=options.dtype,
         device=options.device,
@@ -67,6 +67,8 @@ def load(options: ModelOptions) -> Target:
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
     )
+    target.name = options.model  # as it was asked for: where the built-in model lies on this machine is nobody's business
+    return target
 
 
 def given(config: Config, group: type[Config]) -> dict[str, Any]:
