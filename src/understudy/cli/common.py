@@ -67,7 +67,7 @@ def load(options: ModelOptions) -> Target:
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
     )
-    target.name = options.model  # as it was asked for: where the built-in model lies on this machine is nobody's business
+    target.name = options.model  # as it was asked for, not where the built-in model lies on this machine
     return target
 
 
