@@ -219,7 +219,7 @@ def test_the_command_prints_a_table_and_one_json_line_and_writes_a_folder(folder
     for word in ("Standard", "Avg acceptance length", "Target verify", "Tokens/sec"):
         assert word in text
     readme = (out / "README.md").read_text()
-    for word in ("- command: `", "- versions: torch", "runtime", "## Sample tokens", "| prompt-lookup |"):
+    for word in ("- command: `", "- versions: ", "torch 2", "runtime", "## Sample tokens", "| prompt-lookup |"):
         assert word in readme
 
 

@@ -404,7 +404,12 @@ def test_an_interrupt_exits_with_130(probe, capsys):
         signal.raise_signal(signal.SIGINT)
 
     probe.action = interrupt
-    assert cli.main(["probe"]) == 130
+    # a process that was started in the background may have inherited that SIGINT is ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert cli.main(["probe"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "Traceback" not in capsys.readouterr().err
 
 
