@@ -25,6 +25,7 @@ class DemoConfig(ModelOptions):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "float32", "dtype of the weights; in float32 outputs are identical, below it near ties may fall otherwise"
     )
+    threads: int | None = option(1, "CPU threads; one is steady on a machine that is busy otherwise", ge=1)
 
 
 @config_command(DemoConfig)
