@@ -30,7 +30,7 @@ format: $(INSTALLED) ## Mend what lint and formatting can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-pocket: $(INSTALLED) ## Retrain the built-in model from this interpreter's standard library (hours)
+pocket: $(INSTALLED) ## Train the deeper built-in model from this interpreter's standard library (hours)
 	$(BIN)/understudy data stdlib --output runs/stdlib
 	$(BIN)/python recipes/pocket/train.py --corpus runs/stdlib --tokenizer src/understudy/assets/pocket --output $(POCKET)
 

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
+
 import pytest
 import torch
-from transformers import LogitsProcessor, StoppingCriteria, StopStringCriteria, TextStreamer
+from transformers import (
+    LogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StopStringCriteria,
+    TextStreamer,
+)
 
 import understudy
 from understudy.core.errors import UserError
+from understudy.decoding.engine import decode
 
 PROMPTS = [
     "Write `def add(a, b)` in module `operator`.\nReturn a + b.",
@@ -81,6 +92,63 @@ def test_adaptive_draft_length_changes_the_work_and_not_the_text(target):
     assert adaptive.stats.drafted < fixed.stats.drafted / 2
 
 
+@pytest.mark.parametrize("drafter", ["null", "prompt-lookup", "early-exit,exit_layer=8,threshold=0"])
+def test_with_one_seed_every_drafter_samples_what_plain_decoding_samples(target, drafter):
+    options = {"max_new_tokens": 48, "temperature": 0.9, "top_p": 0.95}
+    engines = [understudy.load(target, name) for name in ("none", drafter)]
+    outputs = set()
+    for seed in range(4):
+        plain, drafted = (understudy.generate(e, PROMPTS[0], seed=seed, **options) for e in engines)
+        assert plain.tokens == drafted.tokens
+        assert drafted.stats.rejected > 10
+        outputs.add(tuple(plain.tokens))
+    assert len(outputs) == 4
+
+
+def test_the_generation_config_sets_stops_and_lengths_that_are_not_given(target, monkeypatch):
+    config = copy.deepcopy(target.model.generation_config)
+    config.stop_strings, config.max_new_tokens = ["(a, b"], 7
+    monkeypatch.setattr(target.model, "generation_config", config)
+    engine = understudy.load(target, "none")
+    assert "(a, b" not in understudy.generate(engine, PROMPTS[0], max_new_tokens=40).text
+    assert len(understudy.generate(engine, PROMPTS[1]).tokens) == 7
+
+
+def test_one_stop_string_may_be_given_as_text(target):
+    engine = understudy.load(target, "none")
+    one, listed = (understudy.generate(engine, PROMPTS[0], max_new_tokens=9, stop=s) for s in ("add", ["add"]))
+    assert one.tokens == listed.tokens
+    assert one.text == "def "
+
+
+def test_adaptive_never_drafts_more_than_it_may(target):
+    for drafter, most in (("null,steps=1", 1), ("prompt-lookup,steps=0", 0)):
+        engine = understudy.load(target, drafter)
+        cycles = list(understudy.stream(engine, PROMPTS[0], max_new_tokens=24, adaptive=True))
+        assert max(len(c.drafted) for c in cycles) == most
+
+
+def test_an_exception_in_the_last_cycle_is_undone(target, monkeypatch):
+    engine = understudy.load(target, "prompt-lookup")
+    whole = understudy.generate(engine, PROMPTS[0], max_new_tokens=8, repetition_penalty=1.3).tokens
+    sequence = engine.sequence(max_new_tokens=8, repetition_penalty=1.3)
+    sequence.prefill(engine.ids(PROMPTS[0]))
+    observe, failed = sequence.draft.observe, []
+
+    def failing(commit):
+        if sequence.finished and not failed:
+            failed.append(True)
+            raise KeyboardInterrupt
+        observe(commit)
+
+    sequence.draft.observe = failing
+    with pytest.raises(KeyboardInterrupt):
+        list(decode(sequence))
+    list(decode(sequence))
+    assert failed
+    assert sequence.output == whole
+
+
 def test_unknown_options_and_empty_prompts_are_refused(target):
     engine = understudy.load(target, "none")
     with pytest.raises(UserError, match="unknown option 'max_tokenz'"):
@@ -88,6 +156,22 @@ def test_unknown_options_and_empty_prompts_are_refused(target):
     for prompt in ("", "  ", []):
         with pytest.raises(UserError, match="the prompt is empty"):
             understudy.generate(engine, prompt)
+    for prompt in ([999999], [{"role": "user"}], ["a", "b"]):
+        with pytest.raises(UserError, match=r"not in the vocabulary|role and content"):
+            understudy.generate(engine, prompt)
+    for options, message in (
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"n": 0}, "n must be at least 1"),
+        ({"n": 2}, "n > 1 needs a temperature"),
+        ({"draft_sampling": "sample"}, "needs a temperature"),
+        ({"stop": [""]}, "must not be empty"),
+    ):
+        with pytest.raises(UserError, match=message):
+            understudy.generate(engine, PROMPTS[0], **options)
+    with pytest.raises(UserError, match="dtype goes with a name"):
+        understudy.load(target, dtype="bfloat16")
+    with pytest.raises(UserError, match="a loaded model stays as it is"):
+        understudy.load(target.model, device="cpu")
     with pytest.raises(UserError, match="context is 2048"):
         understudy.generate(engine, [5] * 2048)
 
@@ -153,6 +237,20 @@ class TestCustomGenerate:
         )
         assert ours.sequences.shape[0] == 3
         assert len({tuple(row) for row in ours.sequences.tolist()}) > 1
+        method = understudy.custom_generate("none")
+        again = [
+            target.model.generate(**batch, max_new_tokens=12, do_sample=True, custom_generate=method) for _ in "ab"
+        ]
+        assert again[0].tolist() != again[1].tolist()
+
+    def test_models_are_let_go(self):
+        engine = understudy.load(drafter="none", dtype="float32")
+        batch = inputs(engine.target, PROMPTS[:1])
+        engine.target.model.generate(**batch, max_new_tokens=2, custom_generate=understudy.custom_generate("none"))
+        model = weakref.ref(engine.target.model)
+        del engine
+        gc.collect()
+        assert model() is None
 
     def test_what_cannot_be_honoured_is_refused(self, target):
         class Shout(LogitsProcessor):
@@ -169,6 +267,11 @@ class TestCustomGenerate:
             ({"num_beams": 2}, "num_beams=2 is not supported"),
             ({"no_repeat_ngram_size": 3}, "no_repeat_ngram_size=3 is not supported"),
             ({"logits_processor": [Shout()]}, "logits processor Shout is not supported"),
+            (
+                {"repetition_penalty": 1.01, "logits_processor": [RepetitionPenaltyLogitsProcessor(2.5)]},
+                "logits processor RepetitionPenaltyLogitsProcessor is not supported",
+            ),
+            ({"return_dict_in_generate": True, "output_scores": True}, "output_scores is not supported"),
             ({"stopping_criteria": [Never()]}, "stopping criterion Never is not supported"),
         ):
             with pytest.raises(UserError, match=message):

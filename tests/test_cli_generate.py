@@ -64,6 +64,23 @@ def test_a_file_of_prompts_and_raw_text(capsys, tmp_path):
     assert code == 0
 
 
+def test_what_is_printed_ends_before_a_stop_string(capsys):
+    _, whole, _ = run(capsys, "generate", "--prompt", PROMPT, "--max-new-tokens", "24")
+    for stop in ("f add", "(a, b"):
+        _, out, _ = run(capsys, "generate", "--prompt", PROMPT, "--max-new-tokens", "24", "--stop", stop)
+        assert out.startswith(whole[: whole.index(stop)] + "\n")
+
+
+def test_steps_in_the_drafters_text_win(capsys, tmp_path):
+    rows = tmp_path / "out.jsonl"
+    run(
+        capsys, *("generate", "--prompt", PROMPT, "--drafter", "null,steps=1", "--steps", "5"),
+        *("--max-tokens", "9", "--output", str(rows)),
+    )  # fmt: skip
+    stats = json.loads(rows.read_text())["stats"]
+    assert stats["rejected_drafts"] <= stats["cycles"]
+
+
 def test_a_conversation_reuses_what_it_shares(capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{PROMPT}\nNow `def sub(a, b)`.\n/reset\n"))
     code, out, _ = run(capsys, "generate", "--interactive", "--max-new-tokens", "24")
@@ -90,6 +107,12 @@ def test_a_conversation_reuses_what_it_shares(capsys, monkeypatch):
             "did you mean prompt-lookup.*known drafters: early-exit, none",
         ),
         (["--prompt", "x", "--drafter", "early-exit,exit_layer=12"], "12 layers"),
+        (["--prompt", "x", "--drafter", "prompt-lookup,steps={"], "cannot read steps={"),
+        (["--prompt", "x", "--output", "/proc/nope/x.jsonl"], "cannot write /proc/nope/x.jsonl"),
+        (["--prompt", "x", "--num-prompts", "2"], "--num-prompts goes with"),
+        (["--interactive", "--raw"], "--interactive takes no"),
+        (["--prompt", "x", "--n", "2"], "--n needs a --temperature"),
+        (["--prompt", "x", "--device", "meta"], "embeddings and head must be in memory|cannot put the model"),
         (["--prompt", "x", "--threshold", "0.5"], "--threshold is given, but no drafter here has it"),
         (["--prompt", "x", "--drafter", "early-exit,layer=2"], "has no option 'layer'"),
         (

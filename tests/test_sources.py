@@ -31,7 +31,9 @@ def test_the_page_names_working_commands():
 @pytest.mark.parametrize("command", working_commands())
 def test_a_mapped_command_runs(command, tmp_path, capsys):
     args = shlex.split(command.replace("runs/", f"{tmp_path}/runs/"))
-    args = ["pocket" if arg == "M" else arg for arg in args]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}\n')
+    args = [{"M": "pocket", "FILE": str(rows)}.get(arg, arg) for arg in args]
     if args[0] == "bench" and "--num-samples" not in args:
         args += ["--num-prompts", "2"]  # how many prompts is left open by the documents
     assert cli.main(args) == 0, capsys.readouterr().err

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pydantic
 from torch import nn
 
 from understudy.assets import pocket_path
 from understudy.core.errors import UserError
+from understudy.core.explain import Given, explain
 from understudy.core.records import Cycle
 from understudy.data.conversations import Message
 from understudy.data.prompts import render
@@ -55,7 +57,12 @@ class Engine:
         if not prompt:
             raise UserError("the prompt is empty: give some text to answer")
         if isinstance(prompt[0], int):
-            return list(prompt)  # type: ignore[arg-type]
+            ids: list[int] = list(prompt)  # type: ignore[arg-type]
+            if wrong := [i for i in ids if not 0 <= i < self.target.vocab_size]:
+                raise UserError(f"token id {wrong[0]} is not in the vocabulary of {self.target.vocab_size}")
+            return ids
+        if not all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in prompt):
+            raise UserError("a prompt is text, a list of token ids, or messages with role and content")
         messages = [Message(m["role"], m["content"]) for m in prompt]  # type: ignore[index]
         return render(self._tokenizer(), messages)
 
@@ -64,9 +71,19 @@ class Engine:
         text: str = self._tokenizer().decode(list(ids), skip_special_tokens=True)
         return stop.trim(text) if stop else text
 
-    def stop_rule(self, strings: Sequence[str] = (), ignore_eos: bool = False) -> StopRule:
+    def stop_rule(self, strings: str | Sequence[str] = (), ignore_eos: bool = False) -> StopRule:
+        """Stop tokens and stop strings: those given, and those of the model's generation config."""
+        given = [strings] if isinstance(strings, str) else list(strings)
+        if not all(given):
+            raise UserError("a stop string must not be empty")
+        own = getattr(self._generation_config, "stop_strings", None) or ()
+        every = [*given, *([own] if isinstance(own, str) else own)]
         ids = () if ignore_eos else self.target.eos_ids
-        return StopRule(ids, strings, self._tokenizer().decode if strings else None)
+        return StopRule(ids, every, self._tokenizer().decode if every else None)
+
+    @property
+    def _generation_config(self) -> Any:
+        return getattr(self.target.model, "generation_config", None)
 
     def sequence(
         self,
@@ -85,8 +102,15 @@ class Engine:
             raise UserError(f"unknown option {unknown[0]!r} of generate")
         decoding = {k: v for k, v in options.items() if k in DecodeParams.model_fields}
         sampling = {k: v for k, v in options.items() if k in SamplingParams.model_fields}
-        law = params_from_generation_config(getattr(self.target.model, "generation_config", None), **sampling)
-        return DecodeSequence(self.target, self.drafter, DecodeParams(**decoding), law, stop, listeners, index)
+        law = params_from_generation_config(self._generation_config, **sampling)
+        own = getattr(self._generation_config, "max_new_tokens", None)
+        try:
+            params = DecodeParams(**({"max_new_tokens": own} if own else {}) | decoding)
+        except pydantic.ValidationError as error:
+            raise UserError(explain(error, {k: Given(k, v) for k, v in decoding.items()})) from None
+        if params.draft_sampling == "sample" and law.temperature == 0:
+            raise UserError("draft_sampling=sample draws drafts, which needs a temperature above 0")
+        return DecodeSequence(self.target, self.drafter, params, law, stop, listeners, index)
 
     def _tokenizer(self) -> Any:
         if self.target.tokenizer is None:
@@ -111,13 +135,15 @@ def load(
 
     `drafter`: `NAME[:PATH][,key=value...]` or a Drafter. `options` go to `load_target`: tokenizer, dtype, device, device_map, ...
     """
+    if isinstance(model, Target) and options:
+        raise UserError(f"a loaded target stays as it is: {next(iter(options))} goes with a name or a folder")
     if not isinstance(model, Target):
         model = load_target(pocket_path() if model is None or model == POCKET else model, **options)
     return Engine(model, build(drafter, model) if isinstance(drafter, str) else drafter)
 
 
 def stream(
-    engine: Engine, prompt: Prompt, *, stop: Sequence[str] = (), ignore_eos: bool = False, **options: Any
+    engine: Engine, prompt: Prompt, *, stop: str | Sequence[str] = (), ignore_eos: bool = False, **options: Any
 ) -> Iterator[Cycle]:
     """Decode `prompt` and yield every cycle as it is committed; `cycle.committed` holds the new tokens."""
     sequence = engine.sequence(stop=engine.stop_rule(stop, ignore_eos), **options)
@@ -131,7 +157,7 @@ def generate(
     prompt: Prompt,
     *,
     n: int = 1,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     ignore_eos: bool = False,
     listeners: Iterable[Listener] = (),
     **options: Any,
@@ -141,8 +167,12 @@ def generate(
     `options` are the fields of `DecodeParams` (max_new_tokens, steps, adaptive, draft_sampling, ...) and of `SamplingParams`
     (temperature, top_p, seed, ...).
     """
+    if n < 1:
+        raise UserError(f"n must be at least 1 (got {n})")
     rule = engine.stop_rule(stop, ignore_eos)
     first = engine.sequence(stop=rule, listeners=listeners, **options)
+    if n > 1 and first.sampling.temperature == 0:
+        raise UserError("greedy answers are all the same: n > 1 needs a temperature")
     with memory_guard(engine.target):
         first.prefill(engine.ids(prompt))
         sequences = [first, *(first.fork(index) for index in range(1, n))]

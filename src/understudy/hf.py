@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import sys
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,7 +26,8 @@ from understudy.target.target import Target
 
 # what `generate` prepares for every model and the engine works out by itself
 PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
-_targets: weakref.WeakKeyDictionary[nn.Module, Target] = weakref.WeakKeyDictionary()
+SCORES = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+MEMO = "_understudy"  # attribute of the user's model: its Target and the drafters built for it go when the model goes
 
 
 def custom_generate(drafter: str | Drafter, tokenizer: Any = None, **options: Any) -> Callable[..., Any]:
@@ -51,13 +51,10 @@ def custom_generate(drafter: str | Drafter, tokenizer: Any = None, **options: An
         streamer = _callers_streamer() if streamer is None else streamer
         if streamer is not None and input_ids.shape[0] > 1:
             raise UserError("a streamer takes one sequence: give a batch of one, or no streamer")
-        if model not in _targets:
-            _targets[model] = load_target(model)
-        target = _targets[model]
-        drafting = build(drafter, target) if isinstance(drafter, str) else drafter
+        target, drafting = _prepared(model, drafter)
         config = copy.copy(generation_config)
         config.num_return_sequences = None  # `generate` has repeated the rows already
-        law = params_from_generation_config(config, seed=torch.initial_seed() % 2**31)
+        law = params_from_generation_config(config, seed=int(torch.randint(2**31, ()).item()))
         params = DecodeParams(max_new_tokens=generation_config.max_length - input_ids.shape[1], **options)
         stop = _stop_rule(stopping_criteria, tokenizer)
         mask = model_kwargs.get("attention_mask")
@@ -75,6 +72,18 @@ def custom_generate(drafter: str | Drafter, tokenizer: Any = None, **options: An
         return _result(input_ids, outputs, generation_config)
 
     return understudy_generate
+
+
+def _prepared(model: nn.Module, drafter: str | Drafter) -> tuple[Target, Drafter]:
+    """The model's Target and the drafter for it, made once."""
+    memo = model.__dict__.setdefault(MEMO, {})
+    target = memo.setdefault("target", None) or load_target(model)
+    memo["target"] = target
+    if not isinstance(drafter, str):
+        return target, drafter
+    if drafter not in memo:
+        memo[drafter] = build(drafter, target)
+    return target, memo[drafter]
 
 
 def _callers_streamer() -> Any:
@@ -99,14 +108,25 @@ def _check_inputs(model: Any, input_ids: Tensor, processors: Any, config: Any, k
         device=input_ids.device,
         model_kwargs=kwargs,
     )
-    known = [type(p) for p in own]
+    known = list(own)
     for processor in processors or ():
-        if type(processor) not in known:
+        same = next((p for p in known if _alike(p, processor)), None)
+        if same is None:
             raise UserError(
                 f"logits processor {type(processor).__name__} is not supported: use the generation config's own fields,"
                 " or logit_bias / suppress_tokens"
             )
-        known.remove(type(processor))
+        known.remove(same)
+    if config.return_dict_in_generate and (asked := [name for name in SCORES if getattr(config, name, None)]):
+        raise UserError(f"{asked[0]} is not supported: custom_generate returns sequences only")
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Two processors of one type with the same settings."""
+    if type(a) is not type(b) or vars(a).keys() != vars(b).keys():
+        return False
+    pairs = [(vars(a)[name], vars(b)[name]) for name in vars(a)]
+    return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in pairs)
 
 
 def _stop_rule(criteria: Any, tokenizer: Any) -> StopRule:

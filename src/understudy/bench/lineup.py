@@ -7,6 +7,7 @@ from typing import Any
 from understudy.bench.config import BenchConfig
 from understudy.bench.huggingface import METHODS, HuggingFaceMode
 from understudy.bench.modes import EngineMode, Mode
+from understudy.core.errors import UserError
 from understudy.decoding.request import DecodeParams
 from understudy.decoding.stops import StopRule
 from understudy.drafting.spec import build, specs
@@ -33,6 +34,10 @@ def line_up(config: BenchConfig, target: Target, **defaults: Any) -> list[Mode]:
     `defaults` are draft options that apply where a drafter's text does not say and the drafter has them.
     """
     sampling = law(config, target)
+    if config.draft_sampling == "sample" and sampling.temperature == 0:
+        raise UserError("--draft-sampling sample draws drafts, which needs a --temperature above 0")
+    if getattr(getattr(target.model, "generation_config", None), "stop_strings", None):
+        raise UserError("the model's generation_config has stop_strings, which bench does not compare: unset them")
     stop_ids = () if config.ignore_eos else target.eos_ids
     given = drafters(config)
     defaults["steps"] = config.steps

@@ -5,6 +5,7 @@ from __future__ import annotations
 from understudy.bench.config import BenchConfig
 from understudy.cli.common import DraftOptions, ModelOptions, draft_defaults, load
 from understudy.cli.options import config_command
+from understudy.core.files import check_writable
 
 
 class BenchOptions(BenchConfig, DraftOptions, ModelOptions):
@@ -21,6 +22,9 @@ def command(config: BenchOptions) -> int:
     from understudy.bench.lineup import drafters
     from understudy.bench.run import read_prompts, run
 
+    for path in (config.output, config.output_dir and config.output_dir / "results.json"):
+        if path:
+            check_writable(path)
     defaults = draft_defaults(config, drafters(config))
     prompts = read_prompts(config)  # before the weights: what is wrong with them is said at once
     return run(config, load(config), prompts, **defaults)[1]

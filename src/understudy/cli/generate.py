@@ -10,6 +10,7 @@ from understudy.cli.common import DraftOptions, ModelOptions, draft_defaults, gi
 from understudy.cli.options import config_command
 from understudy.core.config import option
 from understudy.core.errors import UserError
+from understudy.core.files import check_writable, write_text
 from understudy.decoding.request import DecodeParams
 from understudy.target.params import SamplingParams
 
@@ -44,8 +45,10 @@ class GenerateConfig(SamplingParams, DecodeParams, DraftOptions, ModelOptions):
 def command(config: GenerateConfig) -> None:
     """Continue a prompt, a file of prompts, or a conversation; with none of them, the first prompt of the built-in set.
 
-    Accepted drafts are coloured; the tokens that the target added itself are plain.
+    Accepted drafts are coloured; the tokens that the target added itself are plain. Sampling options and lengths that are not
+    given come from the model's own generation config, where it has them.
     """
+    _check(config)
     if (config.prompt is not None) + (config.file is not None) + config.interactive > 1:
         raise UserError("give only one of --prompt TEXT, --file FILE and --interactive")
     prompts = _prompts(config)
@@ -55,18 +58,27 @@ def command(config: GenerateConfig) -> None:
     from understudy.api import Engine
     from understudy.drafting.spec import build
 
-    defaults = draft_defaults(config, [config.drafter])
+    if config.output is not None:
+        check_writable(config.output)
+    defaults = draft_defaults(config, [config.drafter]) | {"steps": config.steps}
     target = load(config)
     engine = Engine(target, build(config.drafter, target, **defaults))
     console = Console(highlight=False)
     if config.interactive:
         return _converse(engine, config, console)
-    rows = [_answer(engine, config, console, prompt) for prompt in prompts]
+    rows = [_answer(engine, config, console, prompt, i * config.n) for i, prompt in enumerate(prompts)]
     if config.output is not None:
-        from understudy.core.files import write_text
-
         write_text(config.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return None
+
+
+def _check(config: GenerateConfig) -> None:
+    """Options that would be ignored where they stand are errors."""
+    if config.interactive and (config.n > 1 or config.raw or config.output or config.num_prompts):
+        raise UserError("--interactive takes no --n, --raw, --output or --num-prompts")
+    listed = config.prompt is None and (config.file is None or config.file.suffix in (".jsonl", ".json"))
+    if config.num_prompts and not listed:
+        raise UserError("--num-prompts goes with a .jsonl file of prompts or with the built-in set")
 
 
 def _prompts(config: GenerateConfig) -> list[Prompt]:
@@ -93,7 +105,9 @@ def _prompts(config: GenerateConfig) -> list[Prompt]:
 
 
 def _options(config: GenerateConfig) -> dict[str, Any]:
-    return given(config, DecodeParams) | given(config, SamplingParams)
+    options = given(config, DecodeParams) | given(config, SamplingParams)
+    options.pop("steps", None)  # the drafter has it, where its text does not say otherwise
+    return options
 
 
 def _ids(engine: Engine, config: GenerateConfig, prompt: Prompt) -> list[int]:
@@ -107,7 +121,7 @@ def _ids(engine: Engine, config: GenerateConfig, prompt: Prompt) -> list[int]:
     return render(engine.target.tokenizer, prompt.messages)
 
 
-def _answer(engine: Engine, config: GenerateConfig, console: Console, prompt: Prompt) -> dict[str, Any]:
+def _answer(engine: Engine, config: GenerateConfig, console: Console, prompt: Prompt, index: int) -> dict[str, Any]:
     """Answer one prompt `n` times from one prefill; the record for --output."""
     from understudy.cli.text import Printer, statistics
     from understudy.decoding.engine import decode
@@ -116,16 +130,18 @@ def _answer(engine: Engine, config: GenerateConfig, console: Console, prompt: Pr
 
     rule = engine.stop_rule(config.stop, config.ignore_eos)
     with memory_guard(engine.target):
-        first = engine.sequence(stop=rule, **_options(config))
+        first = engine.sequence(stop=rule, index=index, **_options(config))
+        if config.n > 1 and first.sampling.temperature == 0:
+            raise UserError("greedy answers are all the same: --n needs a --temperature")
         first.prefill(_ids(engine, config, prompt))
         answers, total = [], Stats()
-        for sequence in [first, *(first.fork(i) for i in range(1, config.n))]:
+        for sequence in [first, *(first.fork(index + i) for i in range(1, config.n))]:
             printer, stats = Printer(console, engine.target.tokenizer, rule), Stats()
             for cycle in decode(sequence):
                 stats.add(cycle)
                 printer.show(cycle)
             printer.end()
-            console.print(f"[dim]{statistics(stats, config.drafter)}[/dim]", soft_wrap=True)
+            console.print(statistics(stats, config.drafter), style="dim", markup=False, soft_wrap=True)
             total.merge(stats)
             answers.append(
                 {"text": engine.text(sequence.output, rule), "tokens": sequence.output, "finished": sequence.finished}
@@ -146,6 +162,7 @@ def _converse(engine: Engine, config: GenerateConfig, console: Console) -> None:
     from understudy.data.prompts import render
     from understudy.decoding.engine import decode
     from understudy.decoding.stats import Stats
+    from understudy.target.memory import memory_guard
 
     system = [Message("system", config.system)] if config.system else []
     rule = engine.stop_rule(config.stop, config.ignore_eos)
@@ -165,16 +182,18 @@ def _converse(engine: Engine, config: GenerateConfig, console: Console) -> None:
         sequence.rewind(keep)
         printer, stats = Printer(console, engine.target.tokenizer, rule), Stats()
         try:
-            sequence.prefill(ids[keep:])
-            for cycle in decode(sequence):
-                stats.add(cycle)
-                printer.show(cycle)
+            with memory_guard(engine.target):
+                sequence.prefill(ids[keep:])
+                for cycle in decode(sequence):
+                    stats.add(cycle)
+                    printer.show(cycle)
         except UserError as error:
-            console.print(f"[red]{error}[/red] (/reset starts over)")
+            console.print(f"{error} (/reset starts over)", style="red", markup=False, soft_wrap=True)
             messages.pop()
             continue
         except KeyboardInterrupt:
             console.print("[dim](stopped)[/dim]", end="")
         printer.end()
-        console.print(f"[dim]{statistics(stats, config.drafter)}; {keep} of {len(ids)} prompt tokens reused[/dim]")
+        line = f"{statistics(stats, config.drafter)}; {keep} of {len(ids)} prompt tokens reused"
+        console.print(line, style="dim", markup=False, soft_wrap=True)
         messages.append(Message("assistant", engine.text(sequence.output, rule)))

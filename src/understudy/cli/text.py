@@ -48,11 +48,10 @@ class Printer:
         self.margin = max((len(s) for s in stop.strings), default=0)
 
     def show(self, cycle: Cycle) -> None:
-        drafts = len(cycle.committed) - 1 if cycle.index else 0
         for i, token in enumerate(cycle.committed):
-            own = i >= min(drafts, cycle.accepted)
-            self.held.append((self.pieces.push(token), not own))
-        self._flush(self.margin)
+            self.held.append((self.pieces.push(token), i < cycle.accepted))
+        if not cycle.stopped:  # where a stop string begins, `end` finds out
+            self._flush(self.margin)
 
     def end(self) -> None:
         """Print what is held, up to a stop string."""

@@ -10,12 +10,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from understudy.core.errors import UserError
+
+
+def check_writable(path: str | Path) -> None:
+    """Make the folder of `path`; UserError if nothing can be written there. Worth asking before hours of work."""
+    folder = Path(path).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write {path}: no permission to write in {folder}")
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; it replaces `path` when the block ends well, and goes when it does not."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     temporary = Path(name)

@@ -14,6 +14,8 @@ FIRST = 0.6  # acceptance assumed before anything was seen
 
 
 class DraftLength(Protocol):
+    steps: int  # the most it will say
+
     def depth(self) -> int: ...
 
     def update(self, cycle: Cycle) -> None: ...
@@ -49,7 +51,7 @@ class AdaptiveLength:
         base, slope = self._cost()
         if base is None:
             # widths must differ before a slope can be fitted
-            return self.steps if self._n < 1 else max(1, self.steps // 2)
+            return self.steps if self._n < 1 else min(self.steps, max(1, self.steps // 2))
         best, best_rate, tokens, term = 0, 0.0, 0.0, 1.0
         for k in range(self.steps + 1):
             tokens += term
@@ -58,7 +60,7 @@ class AdaptiveLength:
             if rate > best_rate:
                 best, best_rate = k, rate
         # at zero nothing would be learnt any more: keep one draft as a probe
-        return max(best, 1)
+        return min(self.steps, max(best, 1))
 
     def _cost(self) -> tuple[float | None, float]:
         if self._n < 1:

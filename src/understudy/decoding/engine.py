@@ -28,8 +28,7 @@ def decode(sequence: DecodeSequence) -> Iterator[Cycle]:
                 cycle = _first(sequence) if sequence.pending is not None else _cycle(sequence)
             except BaseException:
                 if sequence.pending is None:
-                    sequence.target.rewind(tokens)
-                    sequence.draft.rewind(tokens)
+                    sequence.rewind(tokens)
                 raise
         sequence.cycles += 1
         for listener in sequence.listeners:
@@ -42,7 +41,7 @@ def _first(sequence: DecodeSequence) -> Cycle:
     assert rows is not None and rows.logits is not None
     sequence.watch.start()
     before = sequence.target.lengths()
-    new = [sequence.chooser.first(rows.logits[-1:], rows)]
+    new = [sequence.chooser.first(rows.logits[-1:], rows, len(sequence.tokens))]
     sequence.watch.lap("sample")
     return _finish(sequence, Cycle(0, new, 0, [], None, list(new), rows, None, False, before, {}), range(rows.width))
 
@@ -60,7 +59,7 @@ def _cycle(sequence: DecodeSequence) -> Cycle:
     watch.lap("draft")
     rows = sequence.target.verify(proposal)
     watch.lap("verify")
-    path, choices, tokens = sequence.chooser.judge(rows, q)
+    path, choices, tokens = sequence.chooser.judge(rows, q, len(sequence.tokens))
     new = [tokens[row] for row in path[1:]] + [choices[path[-1]]]
     watch.lap("sample")
     parents = None if proposal is None else proposal.parents

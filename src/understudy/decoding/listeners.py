@@ -10,7 +10,8 @@ from understudy.core.records import Cycle, Needs
 
 class Listener(Protocol):
     """Sees drafts, the target's choices, accepted count, KV lengths before and after, and what `needs` asked for (taps, exit
-    states, last hidden states, raw logits) in `cycle.rows`. Tensors there are views: copy what is kept."""
+    states, last hidden states, raw logits) in `cycle.rows`. Tensors there are views: copy what is kept. When sampling, the choices
+    are draws: the verifier's argmax is that of `cycle.rows.logits`."""
 
     needs: Needs
 

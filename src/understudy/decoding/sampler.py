@@ -12,9 +12,13 @@ from understudy.core.errors import UserError
 from understudy.core.records import Proposal, Rows
 from understudy.core.seeds import generator
 from understudy.ops import laws
-from understudy.ops.trees import ancestors
+from understudy.ops.trees import ancestors, depths
 from understudy.ops.verify import reject_chain, reject_tree, walk
 from understudy.target.processors import History, Processors
+
+POINTS = (
+    1024  # numbers taken from the stream at a time; a constant, so that the stream is the same whatever is asked for
+)
 
 
 class RecordingSampler:
@@ -66,6 +70,7 @@ class Chooser:
         self.processors = processors
         self.random = generator(device, seed, index, "target")
         self.history: History | None = None
+        self.points = laws.uniforms(0, self.random)  # numbers that draws are made with, by position of the text
 
     def begin(self, prompt: list[int]) -> None:
         """A turn starts: everything before its first new token counts as prompt."""
@@ -78,9 +83,9 @@ class Chooser:
         seen = None if rows.parents is None else ancestors(rows.parents).to(logits.device)
         return self.processors.apply(logits, self.history.rows(rows.tokens[-logits.shape[0] :], seen))
 
-    def first(self, logits: Tensor, rows: Rows) -> int:
+    def first(self, logits: Tensor, rows: Rows, position: int) -> int:
         """The first new token, from the last prompt row's logits [1, V]. That row is committed: it is counted already."""
-        return self._real(int(self._choose(logits, rows).item()))
+        return self._real(int(self._choose(logits, rows, position).item()))
 
     def _real(self, token: int) -> int:
         """A row without a law (NaN logits, no mass) draws no token."""
@@ -88,13 +93,28 @@ class Chooser:
             raise UserError("the model computed logits that are no numbers (NaN or all -inf): try --dtype float32")
         return token
 
-    def _choose(self, logits: Tensor, rows: Rows) -> Tensor:
+    def _points(self, rows: Rows, width: int, position: int) -> Tensor:
+        """One number per row, the same for every row that predicts the same position of the text.
+
+        So a draw depends on the seed, the position and the law there, not on what was drafted before: with one seed every drafter
+        gives the text that plain decoding gives.
+        """
+        while len(self.points) < position + width:
+            self.points = torch.cat([self.points, laws.uniforms(POINTS, self.random)])
+        if rows.parents is None or width == 1:
+            return self.points[position : position + width]
+        return self.points[[position + depth for depth in depths(rows.parents)]]
+
+    def _choose(self, logits: Tensor, rows: Rows, position: int) -> Tensor:
+        """What the target says after each row. `position` of the text is what the first row predicts."""
         if self.processors.identity and self.processors.greedy:
             return laws.argmax(logits)
         processed = self.processed(logits, rows)
-        return laws.argmax(processed) if self.processors.greedy else laws.draw(laws.law(processed), self.random)
+        if self.processors.greedy:
+            return laws.argmax(processed)
+        return laws.inverse_cdf(laws.law(processed), self._points(rows, logits.shape[0], position))
 
-    def judge(self, rows: Rows, q: Tensor | None) -> tuple[list[int], list[int], list[int]]:
+    def judge(self, rows: Rows, q: Tensor | None, position: int) -> tuple[list[int], list[int], list[int]]:
         """(path of accepted rows, the target's choice after each row, the token of each row). One transfer to the host.
 
         With `q` drafts are accepted by rejection; the choice after the last accepted row then is the token that follows, and the
@@ -102,7 +122,7 @@ class Chooser:
         """
         assert rows.logits is not None
         if q is None:
-            choices, tokens = torch.stack([self._choose(rows.logits, rows), rows.tokens]).tolist()
+            choices, tokens = torch.stack([self._choose(rows.logits, rows, position), rows.tokens]).tolist()
             path = walk(choices, tokens, rows.parents)
             self._real(choices[path[-1]])
             return path, choices, tokens

@@ -16,6 +16,7 @@ from understudy.decoding.sampler import Chooser, RecordingSampler
 from understudy.decoding.stops import StopRule
 from understudy.drafting.protocols import Drafter, DraftSession
 from understudy.target.params import SamplingParams
+from understudy.target.probe import probe
 from understudy.target.processors import Processors
 from understudy.target.session import TargetSession
 from understudy.target.target import Target
@@ -42,7 +43,12 @@ class DecodeSequence:
         self.params, self.sampling, self.index = params, sampling, index
         self.stop = StopRule(target.eos_ids) if stop is None else stop
         self.listeners = tuple(listeners)
-        self.target = TargetSession(target, united_needs(drafter.needs, self.listeners))
+        needs = united_needs(drafter.needs, self.listeners)
+        if needs.exit is not None:
+            probe(target, "split", needs.exit)
+        if drafter.nodes is not None:
+            probe(target, "tree")
+        self.target = TargetSession(target, needs)
         self.draft: DraftSession = drafter.session(self.target)
         self._seed()
         steps = drafter.steps if params.steps is None else params.steps
@@ -122,7 +128,7 @@ class DecodeSequence:
 
     def _widest(self) -> int:
         nodes = self.drafter_model.nodes
-        return max(self.drafter_model.steps, self.params.steps or 0, nodes or 0) + 1
+        return max(min(self.length.steps, self.params.max_new_tokens), nodes or 0) + 1
 
     def budget(self) -> Budget:
         """Drafts worth making now: the last token of a turn is always the target's own."""

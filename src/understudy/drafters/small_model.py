@@ -40,7 +40,7 @@ class SmallModelSession:
         self.drafted: list[int] = []  # tokens of the rows after them
 
     def observe(self, commit: Commit) -> None:
-        """Count the drafted rows that turned out right; on the prompt, run what is new."""
+        """Count the drafted rows that turned out right; run a prompt, all but its last token, so that it counts as prefill."""
         agreed = self.view.tokens[self.valid : self.valid + len(self.drafted)]
         for draft, token in zip(self.drafted, agreed, strict=False):
             if draft != token:
@@ -48,9 +48,12 @@ class SmallModelSession:
             self.valid += 1
         self.valid = min(self.valid, len(self.view.tokens) - 1)
         self.drafted = []
-        while len(self.view.tokens) - self.valid > PREFILL_CHUNK:
-            self._run(self.view.tokens[self.valid : self.valid + PREFILL_CHUNK])
-            self.valid += PREFILL_CHUNK
+        end = len(self.view.tokens) - 1
+        if end - self.valid > 1:  # a cycle leaves one token at most besides the last
+            for start in range(self.valid, end, PREFILL_CHUNK):
+                stop = min(start + PREFILL_CHUNK, end)
+                self._run(self.view.tokens[start:stop])
+                self.valid = stop
 
     def _run(self, tokens: list[int] | torch.Tensor, offset: int = 0) -> torch.Tensor:
         """Logits [1, V] after the last of `tokens`, which go in at row valid + offset."""

@@ -87,7 +87,10 @@ def configured(text: str, **defaults: Any) -> tuple[Spec, str | None, DrafterCon
             hint = f" (did you mean {near[0]}?)" if near else ""
             known = ", ".join(spec.config.model_fields)
             raise UserError(f"drafter {spec.name} has no option {key!r}{hint}; it has: {known}")
-        values[names[key]] = yaml.safe_load(value) if value else value
+        try:
+            values[names[key]] = yaml.safe_load(value) if value else value
+        except yaml.YAMLError:
+            raise UserError(f"drafter {spec.name}: cannot read {key}={value}") from None
     try:
         return spec, path, spec.config.model_validate(values)
     except pydantic.ValidationError as error:

@@ -68,6 +68,9 @@ def _chain_mask(start: int, width: int, window: int | None, groups: int, like: T
     With one it is [G * W, window - 1 + W], a band: column c is the key at position start - window + 1 + c, so row i sees the columns
     in [i, i + window - 1]; at the beginning of a text the columns before key 0 are cut off.
     """
+    if width > PACKED_ROWS:  # a chunk of a prompt: its width may never come again
+        at = Pass(start, width, torch.ones(width, width, dtype=torch.bool).tril(), torch.arange(width))
+        return at.mask(window, groups, like)
     key = (width, window, groups, like.dtype, like.device)
     constant = _chain_masks.get(key)
     if window is not None:

@@ -39,6 +39,8 @@ def load_target(
     other features are probed when they are first used.
     """
     if isinstance(model, nn.Module):
+        if dtype != "auto" or device is not None or device_map is not None or model_kwargs:
+            raise UserError("a loaded model stays as it is: dtype, device and device_map go with a name or a folder")
         name = getattr(model.config, "name_or_path", "") or type(model).__name__
         _refuse_recurrent(model.config, name)
         target = Target(model, tokenizer, name)
@@ -84,7 +86,7 @@ def _config(name: str, hub: dict[str, Any]) -> Any:
         raise UserError(f"{name} does not exist")
     try:
         return AutoConfig.from_pretrained(name, **hub)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"cannot read the configuration of {name}: {_first_line(error)}") from error
 
 
@@ -143,8 +145,9 @@ def _tokenizer(name: str, hub: dict[str, Any]) -> Any:
         )
     try:
         return AutoTokenizer.from_pretrained(name, **hub)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load the tokenizer of {name}: {_first_line(error)}") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else _first_line(error)
+        raise UserError(f"cannot load the tokenizer of {name}: {reason}") from error
 
 
 def _refuse_recurrent(config: Any, name: str) -> None:

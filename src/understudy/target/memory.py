@@ -14,7 +14,9 @@ from understudy.target.target import Target
 
 def is_out_of_memory(error: BaseException) -> bool:
     """torch's CPU allocator raises a plain RuntimeError."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    says = str(error)
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or "can't allocate memory" in says or "backend out of memory" in says
 
 
 def free_bytes(device: torch.device) -> int | None:

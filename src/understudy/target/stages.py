@@ -1,8 +1,8 @@
 """Parts of a decoder that run by themselves and share its tensors.
 
 A stage is layers [a, b) of the user's model inside a copy of the model's own decoder class: container modules are new, every leaf
-module and tensor is the very same object. So the model's own forward code runs, weights are never copied, quantised layers and
-device hooks keep working, and the user's model is not touched.
+module and tensor is the very same object. So the model's own forward code runs, weights are never copied, quantised layers keep
+working, and the user's model is not touched.
 
 - A stage that begins at a > 0 gets a first layer that swallows its input and gives the true hidden states instead: what a family
   does to embeddings on entry (Granite's multiplier, for instance) is bypassed exactly.
@@ -146,6 +146,8 @@ class Head(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         whole = copy.copy(model)
+        for name in ("forward", "_old_forward", "_hf_hook"):  # device hooks bind the user's model, not this copy
+            whole.__dict__.pop(name, None)
         whole._modules = dict(model._modules)
         whole._modules[model.base_model_prefix] = _Passthrough()
         self._whole = [whole]  # in a list: these are the user's modules, not ours

@@ -31,6 +31,10 @@ class Target:
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         self.embed_tokens = decoder.embed_tokens
         self.device = self.embed_tokens.weight.device
+        if "meta" in (self.device.type, model.get_output_embeddings().weight.device.type):
+            raise UserError(
+                "embeddings and head must be in memory: keep them on a device (cpu, cuda, ...), not offloaded or meta"
+            )
         self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self.head = Head(model)
         self._stages: dict[tuple[int, int], Stage] = {}
