@@ -187,6 +187,15 @@ def test_out_of_memory_says_what_would_fit(target, monkeypatch):
         understudy.generate(engine, "x")
 
 
+def test_out_of_memory_while_loading_says_how_much_there_is(monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fail)
+    with pytest.raises(UserError, match=r"weights take 0\.0 GiB as saved, \d+\.\d GiB are free on cpu; try"):
+        understudy.load()
+
+
 class TestCustomGenerate:
     @pytest.mark.parametrize("drafter", DRAFTERS)
     def test_a_left_padded_batch_equals_generate(self, target, drafter):

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from understudy.core.errors import UserError
-from understudy.target.memory import is_out_of_memory, what_would_fit
+from understudy.target.memory import is_out_of_memory, what_fits_of_weights
 from understudy.target.probe import probe
 from understudy.target.target import Target
 
@@ -116,7 +116,8 @@ def _weights(name: str, config: Any, kwargs: dict[str, Any]) -> nn.Module:
         model, report = auto.from_pretrained(name, output_loading_info=True, **kwargs)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, MemoryError, SafetensorError) as error:
         if is_out_of_memory(error):
-            raise UserError(what_would_fit(f"loading {name}")) from error
+            size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+            raise UserError(what_fits_of_weights(f"loading {name}", size, torch.device("cpu"))) from error
         raise UserError(f"cannot load {name} as a causal language model: {_first_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
         raise UserError(
@@ -131,7 +132,8 @@ def _to(model: nn.Module, device: str) -> nn.Module:
         return model.to(device)
     except (RuntimeError, AssertionError, MemoryError) as error:
         if is_out_of_memory(error):
-            raise UserError(what_would_fit(f"putting the model on {device}")) from error
+            size = sum(p.numel() * p.element_size() for p in model.parameters())
+            raise UserError(what_fits_of_weights("loading the model", size, torch.device(device))) from error
         raise UserError(f"cannot put the model on device {device!r}: {_first_line(error)}") from error
 
 

@@ -37,10 +37,18 @@ def kv_bytes_per_token(target: Target) -> int:
     return 2 * target.layers * kv_heads * size * target.dtype.itemsize
 
 
-def what_would_fit(doing: str, target: Target | None = None) -> str:
-    """The message for running out of memory while `doing` something."""
-    if target is None:
-        return f"out of memory while {doing}: try --dtype bfloat16, a quantised checkpoint or --device-map auto"
+def what_fits_of_weights(doing: str, weights: int, device: torch.device) -> str:
+    """The message for running out of memory while loading `weights` bytes onto `device`."""
+    free = free_bytes(device)
+    room = "" if free is None else f", {free / 2**30:.1f} GiB are free on {device}"
+    return (
+        f"out of memory while {doing}: the weights take {weights / 2**30:.1f} GiB as saved{room};"
+        " try --dtype bfloat16, a quantised checkpoint or --device-map auto"
+    )
+
+
+def what_would_fit(doing: str, target: Target) -> str:
+    """The message for running out of memory while `doing` something with a loaded target."""
     per_token, free = kv_bytes_per_token(target), free_bytes(target.device)
     room = (
         ""
