@@ -128,10 +128,10 @@ def last_token_only(self: StopRule, output: Any, new: Any) -> int | None:
 
 
 def window_by_row(self: Pass, window: int | None, like: Tensor) -> Tensor:
-    return _TREE_MASK(Pass(self.start, self.width, self.ancestors, torch.arange(self.width)), window, like)
+    return _OWN_MASK(Pass(self.start, self.width, self.ancestors, torch.arange(self.width)), window, like)
 
 
-_TREE_MASK = Pass._tree_mask
+_OWN_MASK = Pass._own_mask
 
 
 def sees_the_next_row(start: int, width: int, window: int | None, groups: int, like: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "window by row instead of depth",
-        faults.instead(Pass, "_tree_mask", faults.window_by_row),
+        faults.instead(Pass, "_own_mask", faults.window_by_row),
         ("greedy, trees across a window", "states, trees across a window"),
     ),
     Mutant(

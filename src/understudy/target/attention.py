@@ -33,7 +33,7 @@ class Pass:
     width: int  # W
     ancestors: Tensor | None = None  # [W, W] bool, row sees column; None = a chain
     depths: Tensor | None = None  # [W] int64, distance from the cache's end; None = a chain (0 .. W - 1)
-    _trees: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
+    _masks: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
 
     def first_key(self, window: int | None) -> int:
         """Index of the first key that any row may see."""
@@ -41,21 +41,23 @@ class Pass:
 
     def mask(self, window: int | None, groups: int, like: Tensor) -> Tensor:
         """Additive [groups * W, keys] mask over the keys from `first_key(window)` on, in the dtype and on the device of `like`."""
-        if self.ancestors is None:
+        if self.ancestors is None and self.width <= PACKED_ROWS:
             return _chain_mask(self.start, self.width, window, groups, like)
+        # a tree, or a chunk of a prompt, whose width may never come again: built once for this pass, and gone with it
         key = (window, groups, like.dtype, like.device)
-        if key not in self._trees:
-            self._trees[key] = self._tree_mask(window, like).repeat(groups, 1)
-        return self._trees[key]
+        if key not in self._masks:
+            self._masks[key] = self._own_mask(window, like).repeat(groups, 1)
+        return self._masks[key]
 
-    def _tree_mask(self, window: int | None, like: Tensor) -> Tensor:
-        assert self.ancestors is not None and self.depths is not None
+    def _own_mask(self, window: int | None, like: Tensor) -> Tensor:
+        device, width = like.device, self.width
+        ancestors = torch.ones(width, width, dtype=torch.bool).tril() if self.ancestors is None else self.ancestors
+        depths = torch.arange(width) if self.depths is None else self.depths
         first = self.first_key(window)
-        device = like.device
-        queries = self.start + self.depths.to(device)
+        queries = self.start + depths.to(device)
         keys = torch.cat([torch.arange(first, self.start, device=device), queries])
         seen = torch.ones(self.width, self.start - first, dtype=torch.bool, device=device)
-        visible = torch.cat([seen, self.ancestors.to(device)], dim=1)
+        visible = torch.cat([seen, ancestors.to(device)], dim=1)
         if window is not None:
             visible &= keys[None, :] > queries[:, None] - window
         return torch.zeros_like(visible, dtype=like.dtype).masked_fill_(~visible, float("-inf"))
@@ -68,9 +70,6 @@ def _chain_mask(start: int, width: int, window: int | None, groups: int, like: T
     With one it is [G * W, window - 1 + W], a band: column c is the key at position start - window + 1 + c, so row i sees the columns
     in [i, i + window - 1]; at the beginning of a text the columns before key 0 are cut off.
     """
-    if width > PACKED_ROWS:  # a chunk of a prompt: its width may never come again
-        at = Pass(start, width, torch.ones(width, width, dtype=torch.bool).tril(), torch.arange(width))
-        return at.mask(window, groups, like)
     key = (width, window, groups, like.dtype, like.device)
     constant = _chain_masks.get(key)
     if window is not None:
