@@ -17,7 +17,7 @@ from understudy.ops.verify import reject_chain, reject_tree, walk
 from understudy.target.processors import History, Processors
 
 POINTS = (
-    1024  # numbers taken from the stream at a time; a constant, so that the stream is the same whatever is asked for
+    1024  # numbers taken from the stream at a time; constant, so that the stream does not depend on what is asked for
 )
 
 

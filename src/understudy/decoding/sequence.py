@@ -50,17 +50,18 @@ class DecodeSequence:
             probe(target, "tree")
         self.target = TargetSession(target, needs)
         self.draft: DraftSession = drafter.session(self.target)
-        self._seed()
-        steps = drafter.steps if params.steps is None else params.steps
-        self.length: DraftLength = AdaptiveLength(steps) if params.adaptive else FixedLength(steps)
-        self.watch = Stopwatch(target.device, params.detailed_timing)
+        self._make_own()
         self.prefill_seconds: dict[str, float] = {}  # of this turn's prompt passes, by section; counted with cycle 0
         self.cycles = 0  # of this turn, so far
         self.prompt = 0  # tokens before the output of this turn
         self.pending: Rows | None = None  # the last prompt rows, run but not yet committed
         self.finished: str | None = None  # "stop" or "length" once the turn has ended
 
-    def _seed(self) -> None:
+    def _make_own(self) -> None:
+        """What no two sequences share: random streams, draft length, stopwatch."""
+        steps = self.drafter_model.steps if self.params.steps is None else self.params.steps
+        self.length: DraftLength = AdaptiveLength(steps) if self.params.adaptive else FixedLength(steps)
+        self.watch = Stopwatch(self.model.device, self.params.detailed_timing)
         processors = Processors(self.sampling, self.model.vocab_size, sorted(self.stop.ids), self.model.device)
         self.chooser = Chooser(processors, self.model.device, self.sampling.seed, self.index)
         random = generator(self.model.device, self.sampling.seed, self.index, "draft")
@@ -159,11 +160,8 @@ class DecodeSequence:
         copy.index = index
         copy.target = self.target.fork()
         copy.draft = self.draft.fork(copy.target)
-        copy._seed()
+        copy._make_own()
         if self.chooser.history is not None:
             copy.chooser.history = self.chooser.history.fork()
-        steps = self.drafter_model.steps if self.params.steps is None else self.params.steps
-        copy.length = AdaptiveLength(steps) if self.params.adaptive else FixedLength(steps)
-        copy.watch = Stopwatch(self.model.device, self.params.detailed_timing)
         copy.prefill_seconds = {}  # the prompt was run once, by the sequence that was forked
         return copy
