@@ -53,7 +53,7 @@ class TargetSession:
 
     def exit_logits(self, hidden: Tensor) -> Tensor:
         """Logits [n, V] that the final norm and head read off hidden states [n, D] of any layer."""
-        return self.target.head(self.target.norm(hidden))
+        return self.target.head(self.target.norm(hidden)).to(self.device)
 
     # What the engine calls
 
@@ -87,7 +87,8 @@ class TargetSession:
         self.written = at.start + at.width
         out = None
         if logits != "none":
-            out = self.target.head(hidden if logits == "all" else hidden[-1:])
+            # under a device map the head may be elsewhere than the tokens that its logits are compared with
+            out = self.target.head(hidden if logits == "all" else hidden[-1:]).to(self.device)
         return Rows(
             start=at.start,
             tokens=ids,
