@@ -193,6 +193,9 @@ def _converse(engine: Engine, config: GenerateConfig, console: Console) -> None:
             continue
         except KeyboardInterrupt:
             console.print("[dim](stopped)[/dim]", end="")
+            if not stats.turns:  # the prompt itself was interrupted: nothing was answered
+                messages.pop()
+                continue
         printer.end()
         line = f"{statistics(stats, config.drafter)}; {keep} of {len(ids)} prompt tokens reused"
         console.print(line, style="dim", markup=False, soft_wrap=True)
