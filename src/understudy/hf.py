@@ -77,8 +77,9 @@ def custom_generate(drafter: str | Drafter, tokenizer: Any = None, **options: An
 def _prepared(model: nn.Module, drafter: str | Drafter) -> tuple[Target, Drafter]:
     """The model's Target and the drafter for it, made once."""
     memo = model.__dict__.setdefault(MEMO, {})
-    target = memo.setdefault("target", None) or load_target(model)
-    memo["target"] = target
+    if "target" not in memo:
+        memo["target"] = load_target(model)
+    target = memo["target"]
     if not isinstance(drafter, str):
         return target, drafter
     if drafter not in memo:

@@ -11,6 +11,7 @@ from torch import nn
 import tiny
 from understudy.core.records import Needs, Proposal
 from understudy.target.attention import Pass
+from understudy.target.cache import KVCache
 from understudy.target.session import TargetSession
 from understudy.target.stages import Stage
 from understudy.target.target import Target
@@ -132,7 +133,8 @@ def test_head_is_the_models_own(family: str) -> None:
 def test_taps_are_kept_only_while_wanted() -> None:
     stage = Stage(tiny.model("llama").get_decoder(), 0, 4)  # type: ignore[operator]
     target = tiny.target("llama")
-    cache = target.cache(32)
+    cache = target.cache()
+    cache.reserve(32)
     at = Pass(0, 3)
     for wanted in (frozenset({1, 3}), frozenset(), frozenset({0, 4})):
         with torch.inference_mode():
@@ -143,7 +145,7 @@ def test_taps_are_kept_only_while_wanted() -> None:
 def test_a_stage_works_only_inside_a_pass() -> None:
     body = tiny.target("llama").stage(0, 4).body
     with pytest.raises(AssertionError, match="outside"):
-        body(input_ids=torch.tensor([[5, 6]]), past_key_values=tiny.target("llama").cache(8), use_cache=True)
+        body(input_ids=torch.tensor([[5, 6]]), past_key_values=KVCache(4, 8), use_cache=True)
 
 
 def test_positions_are_depths() -> None:

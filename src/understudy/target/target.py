@@ -80,8 +80,8 @@ class Target:
             return torch.arange(at.start, at.start + at.width, device=self.device)[None]
         return (at.start + at.depths.to(self.device))[None]
 
-    def cache(self, capacity: int = 0) -> KVCache:
-        return KVCache(self.layers, capacity)
+    def cache(self) -> KVCache:
+        return KVCache(self.layers)
 
     def forward(
         self,
