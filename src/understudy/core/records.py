@@ -100,6 +100,7 @@ class Cycle:
     stopped: bool  # a stop token or stop string was met
     kv_before: dict[str, int]  # cache length per stage at the start of the round
     kv_after: dict[str, int]
+    sequence: int = 0  # which of several sequences decoded together: the index of its random streams
     seconds: dict[str, float] = field(
         default_factory=dict
-    )  # of this round, by section: draft, verify, sample, cache, other
+    )  # of this round, by section: draft, verify, sample, cache, listen (what listeners did after it), other

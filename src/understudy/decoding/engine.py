@@ -31,8 +31,11 @@ def decode(sequence: DecodeSequence) -> Iterator[Cycle]:
                     sequence.rewind(tokens)
                 raise
         sequence.cycles += 1
-        for listener in sequence.listeners:
-            listener.on_cycle(cycle)
+        if sequence.listeners:
+            sequence.watch.start()
+            for listener in sequence.listeners:
+                listener.on_cycle(cycle)
+            cycle.seconds["listen"] += sequence.watch.stop()["other"]
         yield cycle
 
 
@@ -89,7 +92,7 @@ def _finish(sequence: DecodeSequence, cycle: Cycle, path: Sequence[int]) -> Cycl
     sequence.commit(cycle.rows, path, cycle.committed, cycle.stopped)
     if sequence.chooser.history is not None:
         sequence.chooser.history.extend(cycle.committed)
-    cycle.kv_after = sequence.target.lengths()
+    cycle.kv_after, cycle.sequence = sequence.target.lengths(), sequence.index
     sequence.watch.lap("cache")
     cycle.seconds = sequence.watch.stop()
     if cycle.index:

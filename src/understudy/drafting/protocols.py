@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from understudy.core.records import Budget, Commit, Needs, Proposal
+from understudy.drafting.learning import LearnOptions
 
 
 class View(Protocol):
@@ -69,6 +70,17 @@ class Drafter(nn.Module):
     )
     needs: Needs = Needs()
     runs_model: bool = True  # drafting runs layers or a head; False = its time is overhead, not model time
+    learning: LearnOptions | None = None  # how its head learns while it decodes; None = it has none that could
 
     def session(self, view: View) -> DraftSession:
+        raise NotImplementedError
+
+    # Drafters with `learning` put a `Trace` into every proposal and implement these two
+
+    def head_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [n, V] of the learning head at states [n, D] (`Trace.hidden`), differentiable in its trainable parameters."""
+        raise NotImplementedError
+
+    def frozen_logits(self, hidden: Tensor) -> Tensor:
+        """The same of the head as it was before any learning."""
         raise NotImplementedError

@@ -10,7 +10,7 @@ import time
 
 import torch
 
-SECTIONS = ("draft", "verify", "sample", "cache", "other")
+SECTIONS = ("draft", "verify", "sample", "cache", "listen", "other")
 
 
 class Stopwatch:

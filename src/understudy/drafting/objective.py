@@ -1,0 +1,66 @@
+"""The contract between a drafter's folder and the one offline training loop.
+
+The loop (`understudy.training`) pulls batches from `data`, features from the frozen target, calls the objective, accumulates, steps,
+logs, measures real acceptance and saves. What is special about a method is its `Objective`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from understudy.core.records import Needs
+from understudy.drafting.protocols import Drafter
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Packed rows of text. A row holds several documents one after another; rows are padded at their end."""
+
+    ids: Tensor  # [B, T] int64
+    mask: Tensor  # [B, T] bool: the token at t is one that the assistant wrote, so predicting it is supervised
+    documents: Tensor  # [B, T] int64: which document of its row a token belongs to, from 0 on; -1 = padding
+    positions: Tensor  # [B, T] int64: position inside the document, from 0 on
+
+    def to(self, device: object) -> Batch:
+        return Batch(*(x.to(device) for x in (self.ids, self.mask, self.documents, self.positions)))  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """A batch and what the frozen target says of it, computed once. No gradient flows into the target."""
+
+    batch: Batch
+    taps: Mapping[int, Tensor]  # tap id -> [B, T, D]: 0 = embeddings, i = output of the i-th layer counted from 1
+    last: (
+        Tensor | None
+    )  # [B, T, D] last hidden state, after the final norm; `target.head` makes logits of it, in chunks
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """What an objective says of a batch. Everything is a sum with its count; ratios are taken after all ranks are added up."""
+
+    loss: Tensor  # scalar: sum over supervised slots, with gradient
+    count: Tensor  # scalar: number of supervised slots
+    metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # name -> (sum, count), detached scalars
+
+
+class Objective(nn.Module):
+    """A drafter under offline training. `forward(features) -> StepOutput`. Parameters with `requires_grad` are what is trained.
+
+    Calling the module (not `forward` of a part of it) is what the loop does, so that data-parallel wrappers work.
+    """
+
+    needs: Needs  # taps and last hidden states that `forward` reads; logits are made by the objective itself
+    drafter: Drafter  # the very weights under training, ready to decode: the loop measures acceptance with it
+
+    def forward(self, features: Features) -> StepOutput:
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> None:
+        """Write the drafter as a servable checkpoint: `config.json` and `model.safetensors` (the loop adds `understudy.json`)."""
+        raise NotImplementedError

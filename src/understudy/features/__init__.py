@@ -1,0 +1,1 @@
+"""Taps for training: computed live from the frozen target, or stored as safetensors shards."""
