@@ -140,18 +140,22 @@ class _Output:
 class Head(nn.Module):
     """The model's own path from last hidden state to logits: soft-caps and logit scales included.
 
-    Where the bare output projection gives bit for bit the same, it is called directly.
+    Where the bare output projection gives bit for bit the same, it is called directly. `projection` stands in for the model's own
+    where a drafter has a head of its own that must go the same way.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, projection: nn.Module | None = None) -> None:
         super().__init__()
         whole = copy.copy(model)
         for name in ("forward", "_old_forward", "_hf_hook"):  # device hooks bind the user's model, not this copy
             whole.__dict__.pop(name, None)
         whole._modules = dict(model._modules)
         whole._modules[model.base_model_prefix] = _Passthrough()
+        own = model.get_output_embeddings()
+        if projection is not None:
+            whole._modules[next(name for name, module in model._modules.items() if module is own)] = projection
         self._whole = [whole]  # in a list: these are the user's modules, not ours
-        self._projection = [model.get_output_embeddings()]
+        self._projection = [own if projection is None else projection]
         self._direct = False
         weight = next(self._projection[0].parameters())
         width = model.get_decoder().config.hidden_size

@@ -1,0 +1,113 @@
+"""The offline objective of everything that trains on an early exit: soft cross-entropy against the full model (Kangaroo, 3.2).
+
+    loss_t = - sum_v p_t(v) log q_t(v),    p_t = softmax of the target's logits after token t,  q_t that of the drafter
+
+over the slots whose next token the assistant wrote. Exit states come live from the frozen target; nothing is shifted, because state
+and teacher stand at the same slot. Logits are made in chunks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from understudy.core.config import Config, option
+from understudy.core.records import Needs
+from understudy.drafters.early_exit.drafter import ExitDrafter
+from understudy.drafters.early_exit.files import write_adapter
+from understudy.drafting.objective import Batch, Features, Objective, StepOutput
+from understudy.ops.chunks import chunked_sums
+
+
+class ExitObjectiveConfig(Config):
+    """Options of training on an early exit."""
+
+    exit_layer: int = option(2, "layers that draft: the first E", "exitlayer", "early-layer", ge=1)
+    loss_chunk: int = option(1024, "slots whose logits exist at the same time", ge=1)
+    adapter_bin: bool = option(False, "also write pytorch_model.bin, which Kangaroo's own code loads")
+
+
+def supervised(batch: Batch) -> Tensor:
+    """[B, T] bool: slots whose next token belongs to the same document and was written by the assistant."""
+    inside = batch.documents[:, 1:] == batch.documents[:, :-1]
+    out = torch.zeros_like(batch.mask)
+    out[:, :-1] = batch.mask[:, 1:] & inside & (batch.documents[:, :-1] >= 0)
+    return out
+
+
+def runs(right: Tensor, slots: Tensor, most: int) -> Tensor:
+    """[B, T] float: how many slots in a row, from each slot on, are supervised and right; at most `most`.
+
+    `right`, `slots` [B, T] bool. A slot that is not supervised ends a run, so no run leaves its document.
+    """
+    length = torch.zeros_like(right, dtype=torch.float32)
+    follow = torch.zeros(right.shape[0], device=right.device)
+    for t in range(right.shape[1] - 1, -1, -1):
+        follow = torch.where(right[:, t] & slots[:, t], (follow + 1).clamp(max=most), torch.zeros_like(follow))
+        length[:, t] = follow
+    return length
+
+
+class ExitObjective(Objective):
+    """Trains the adapter of an `ExitDrafter`, or its draft head where it has no adapter."""
+
+    def __init__(self, drafter: ExitDrafter, config: ExitObjectiveConfig) -> None:
+        super().__init__()
+        self.drafter: ExitDrafter = drafter
+        self.config, self.exit_layer = config, drafter.config.exit_layer
+        self.needs = Needs(taps=frozenset({self.exit_layer}), last=True)
+        for parameter in drafter.parameters():
+            parameter.requires_grad_(False)
+        trained = drafter.adapter if drafter.adapter is not None else drafter.drafter_head
+        assert trained is not None, "a bare exit has nothing to train"
+        for name, parameter in trained.named_parameters():
+            parameter.requires_grad_(drafter.adapter is not None or name.endswith((".A", ".B")))
+
+    def reads(self, features: Features) -> Tensor:
+        """What the head reads at every slot, [B, T, D]."""
+        states, batch = features.taps[self.exit_layer], features.batch
+        if self.drafter.adapter is not None:
+            out: Tensor = self.drafter.adapter(states, batch.positions, batch.documents)
+            return out
+        return self.drafter.norm(states)
+
+    def forward(self, features: Features) -> StepOutput:
+        assert features.last is not None
+        batch = features.batch
+        slots = supervised(batch)
+        reads = self.reads(features)
+        count = slots.sum()
+        right = torch.zeros_like(slots)
+        if not count:
+            zero = reads.sum() * 0.0
+            return StepOutput(zero.float(), count, {})
+
+        def sums(read: Tensor, last: Tensor, at: Tensor) -> Tensor:
+            with torch.no_grad():
+                teacher = self.drafter.target.head(last).float()
+                agree = teacher.argmax(-1)
+            logits = self.drafter.head_logits(read).float()
+            right.view(-1)[at] = logits.detach().argmax(-1) == agree
+            loss = -(teacher.softmax(-1) * F.log_softmax(logits, -1)).sum(-1)
+            entropy = -(teacher.softmax(-1) * F.log_softmax(teacher, -1)).sum(-1)
+            overlap = torch.minimum(teacher.softmax(-1), logits.softmax(-1)).sum(-1)
+            return torch.stack([loss.sum(), entropy.sum(), overlap.detach().sum()])
+
+        at = slots.flatten().nonzero()[:, 0]
+        flat = chunked_sums(sums, self.config.loss_chunk, reads.flatten(0, 1)[at], features.last.flatten(0, 1)[at], at)
+        loss, entropy, overlap = flat.unbind()
+        length = runs(right, slots, self.drafter.steps)
+        metrics = {
+            "kl": ((loss - entropy).detach(), count),
+            "acc_1": (right.sum(), count),
+            "overlap": (overlap.detach(), count),
+            "tau_sim": ((1 + length)[slots].sum(), count),
+        }
+        return StepOutput(loss, count, metrics)
+
+    def save(self, folder: Path) -> None:
+        if self.drafter.adapter is not None:
+            write_adapter(self.drafter.adapter, folder, released=self.config.adapter_bin)
