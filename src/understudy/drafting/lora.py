@@ -49,7 +49,9 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., V] fp32. The base multiplies in its own dtype, A and B in fp32."""
-        return self.frozen(x).float() + (x.float() @ self.A.T) @ (self.B * self.scale).T
+        base = self.frozen(x).float()
+        low = (x.float() @ self.A.T) * self.scale
+        return torch.addmm(base.flatten(0, -2), low.flatten(0, -2), self.B.T).view_as(base)
 
     def trainable_params(self) -> list[nn.Parameter]:
         return [self.A, self.B]
@@ -105,13 +107,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def read_lora(path: str | Path) -> dict[str, Tensor]:
-    """The A and B of a checkpoint: of a learner's (under `lora`), or of a file that holds nothing else."""
-    content = read_checkpoint(path)
+    """The A and B of a checkpoint: of a learner's (under `lora`), or of a file that holds nothing else. UserError as above."""
+    return lora_of(read_checkpoint(path), path)
+
+
+def lora_of(content: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
+    """The A and B in what `read_checkpoint` read from `path`."""
     lora = content.get("lora", content)
     if not (
-        isinstance(lora, dict)
+        isinstance(lora, Mapping)
         and lora
         and all(isinstance(k, str) and k.endswith(SUFFIXES) and isinstance(v, Tensor) for k, v in lora.items())
     ):
         raise UserError(f"{path} is no LoRA checkpoint: it has no weights that end in {' and '.join(SUFFIXES)}")
-    return lora
+    return dict(lora)

@@ -86,7 +86,7 @@ class OwnCacheSession:
             drafts.append(sampler.draw(logits))
             if len(drafts) == depth or unsure(logits, self.threshold):
                 break
-            states.append(self._run(drafts[-1], len(new) + len(drafts) - 2))
+            states.append(self._run(drafts[-1], len(new) + len(drafts) - 1))
         tokens = torch.cat(drafts)
         # the rows of `new` and of all drafts but the last are in the cache now; which of them count, `observe` decides
         self.drafted = new + tokens[:-1].tolist()

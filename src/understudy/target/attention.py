@@ -70,6 +70,11 @@ def _chain_mask(start: int, width: int, window: int | None, groups: int, like: T
     With one it is [G * W, window - 1 + W], a band: column c is the key at position start - window + 1 + c, so row i sees the columns
     in [i, i + window - 1]; at the beginning of a text the columns before key 0 are cut off.
     """
+    with torch.inference_mode(False):  # a constant made while decoding also serves passes with gradients
+        return _chain_constant(start, width, window, groups, like)
+
+
+def _chain_constant(start: int, width: int, window: int | None, groups: int, like: Tensor) -> Tensor:
     key = (width, window, groups, like.dtype, like.device)
     constant = _chain_masks.get(key)
     if window is not None:

@@ -4,7 +4,8 @@
 
 Modules and weights are named as in the released adapters (`layers.0.self_attn.q_proj.weight`, `layers.0.input_layernorm.weight`,
 `norm.weight`). Two deviations: attention may have grouped heads and a head size of its own, as the target's has, and a new adapter
-begins as the identity (its output projection is zero, its norm the target's own), so training starts where the bare exit stands.
+begins as the identity (its output projection is zero, its norm the target's own), so training starts where the bare exit stands; with
+targets whose final norm is no RMS norm (Cohere) it starts near there.
 """
 
 from __future__ import annotations
@@ -106,11 +107,14 @@ class Adapter(nn.Module):
         self.layers = nn.ModuleList([Block(config)])
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary = LlamaRotaryEmbedding(config)
-        self.block: Any = self.layers[0]
+
+    @property
+    def block(self) -> Any:
+        return self.layers[0]
 
     @staticmethod
     def identity(target: Target, exit_layer: int) -> Adapter:
-        """An adapter that changes nothing yet: the head reads what it reads at the bare exit."""
+        """An adapter that changes nothing yet: the head reads what it reads at the bare exit, if the final norm is an RMS norm."""
         adapter = Adapter(new_config(target, exit_layer))
         for linear in (m for m in adapter.modules() if isinstance(m, nn.Linear)):
             nn.init.normal_(linear.weight, std=0.02)
