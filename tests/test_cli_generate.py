@@ -104,7 +104,7 @@ def test_a_conversation_reuses_what_it_shares(capsys, monkeypatch):
         (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
         (
             ["--prompt", "x", "--drafter", "prompt-lokup"],
-            "did you mean prompt-lookup.*known drafters: early-exit, none",
+            "did you mean prompt-lookup.*known drafters: early-exit, kangaroo",
         ),
         (["--prompt", "x", "--drafter", "early-exit,exit_layer=12"], "12 layers"),
         (["--prompt", "x", "--drafter", "prompt-lookup,steps={"], "cannot read steps={"),

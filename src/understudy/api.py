@@ -36,6 +36,7 @@ from understudy.target.loading import load_target
 from understudy.target.memory import memory_guard
 from understudy.target.params import SamplingParams, params_from_generation_config
 from understudy.target.target import Target
+from understudy.training.online.learner import OnlineLearner, learner_of
 
 POCKET = "pocket"
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -43,10 +44,24 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 @dataclass(frozen=True)
 class Engine:
-    """A target with a drafter, ready to decode any number of texts."""
+    """A target with a drafter, ready to decode any number of texts. `listeners` see the cycles of all of them.
+
+    A drafter that learns while it decodes brings its learner along as a listener; `close()` saves what it learned.
+    """
 
     target: Target
     drafter: Drafter
+    listeners: tuple[Listener, ...] = ()
+
+    @property
+    def learner(self) -> OnlineLearner | None:
+        """The online learner among the listeners."""
+        return next((listener for listener in self.listeners if isinstance(listener, OnlineLearner)), None)
+
+    def close(self) -> None:
+        """Save what was learned, where the drafter's options name a folder for it."""
+        if self.learner is not None:
+            self.learner.close()
 
     def ids(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: text becomes a user turn, messages go through the chat template, ids stay as they are."""
@@ -110,7 +125,8 @@ class Engine:
             raise UserError(explain(error, {k: Given(k, v) for k, v in decoding.items()})) from None
         if params.draft_sampling == "sample" and law.temperature == 0:
             raise UserError("draft_sampling=sample draws drafts, which needs a temperature above 0")
-        return DecodeSequence(self.target, self.drafter, params, law, stop, listeners, index)
+        watching = (*self.listeners, *listeners)
+        return DecodeSequence(self.target, self.drafter, params, law, stop, watching, index)
 
     def _tokenizer(self) -> Any:
         if self.target.tokenizer is None:
@@ -139,7 +155,9 @@ def load(
         raise UserError(f"a loaded target stays as it is: {next(iter(options))} goes with a name or a folder")
     if not isinstance(model, Target):
         model = load_target(pocket_path() if model is None or model == POCKET else model, **options)
-    return Engine(model, build(drafter, model) if isinstance(drafter, str) else drafter)
+    built = build(drafter, model) if isinstance(drafter, str) else drafter
+    learner = learner_of(built)
+    return Engine(model, built, () if learner is None else (learner,))
 
 
 def stream(

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 
-from understudy.core.config import Config, option
+from understudy.core.config import option
+from understudy.telemetry.options import AlignTelemetryParams
 
 Baseline = Literal["none", "null", "hf", "hf-prompt-lookup", "hf-early-exit"]
 BASELINES: tuple[str, ...] = get_args(Baseline)
@@ -39,7 +40,7 @@ def _listed(value: Any) -> Any:
     return list(dict.fromkeys(names))
 
 
-class BenchConfig(Config):
+class BenchConfig(AlignTelemetryParams):
     """Who is compared on what, and how. Which model, and how it is loaded, the command line adds (`understudy.cli.bench`)."""
 
     drafter: list[str] = option(
@@ -85,6 +86,9 @@ class BenchConfig(Config):
     check: bool = option(False, "fail (exit code 1) when an output differs from plain decoding's beyond a near tie")
     detailed_timing: bool = option(False, "on CUDA: time every section with events, for the breakdown; costs a little")
     verbose: bool = option(False, "print each cycle's draft and what was accepted")
+    metrics_out: Path | None = option(
+        None, "CSV file of the one drafter's rolling acceptance and speed, a row per verify pass, over all repeats"
+    )
     output: Path | None = option(None, "write the results to this JSON file")
     output_dir: Path | None = option(None, "write results.json and a README.md into this folder", "outdir")
 

@@ -84,6 +84,9 @@ class HuggingFaceMode:
         self.call = method.call(settings)
         self.config = GenerationConfig(**_law(sampling), **_ends(target, stop_ids), **method.config(settings))
 
+    def begin(self) -> None:
+        """Nothing is learned here."""
+
     def turn(self, prompt: list[int], index: int, limit: int) -> Turn:
         device, streamer = self.target.device, Clock()
         limit = min(limit, self.target.context - len(prompt))

@@ -38,7 +38,12 @@ def measure(
 ) -> dict[str, Turns]:
     """Turns per mode, [repeat][prompt]. `seen(mode, repeat, prompt, turn)` is called after each, outside its time."""
     turns: dict[str, Turns] = {mode.name: [[] for _ in range(repeats)] for mode in modes}
+    begun = -1
     for repeat, prompt, which in order(len(modes), len(prompts), repeats):
+        if repeat != begun:
+            begun = repeat
+            for mode in modes:
+                mode.begin()
         mode = modes[which]
         turn = mode.turn(prompts[prompt], prompt, limit)
         turns[mode.name][repeat].append(turn)

@@ -19,13 +19,16 @@ import torch
 
 from understudy.core.records import Cycle
 from understudy.decoding.engine import decode
+from understudy.decoding.listeners import Listener
 from understudy.decoding.request import DecodeParams
 from understudy.decoding.sequence import DecodeSequence
 from understudy.decoding.stats import Stats
 from understudy.decoding.stops import StopRule
+from understudy.drafting.lora import load_lora_state_dict, lora_state_dict
 from understudy.drafting.protocols import Drafter
 from understudy.target.params import SamplingParams
 from understudy.target.target import Target
+from understudy.training.online.learner import OnlineLearner, learner_of
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,15 @@ class Mode(Protocol):
     name: str  # as given
     ours: bool  # runs in our engine: its drafts and its sections are known
 
+    def begin(self) -> None:
+        """A repeat begins: whatever was learned in the one before is forgotten."""
+
     def turn(self, prompt: list[int], index: int, limit: int) -> Turn:
         """Answer `prompt` with at most `limit` tokens. `index` keeps the random streams of prompts apart."""
 
 
 class EngineMode:
-    """A drafter in our engine."""
+    """A drafter in our engine. One that learns while it decodes begins every repeat with the weights that it was given."""
 
     ours = True
 
@@ -82,11 +88,24 @@ class EngineMode:
         self.name, self.target, self.drafter = name, target, drafter
         self.params, self.sampling, self.verbose = params, sampling, verbose
         self.stop = StopRule(target.eos_ids) if stop is None else stop
+        self.listeners: tuple[Listener, ...] = ()  # besides the learner
+        self.learner: OnlineLearner | None = None
+        self._weights = lora_state_dict(drafter) if learner_of(drafter) else None
+        self._heard: tuple[Listener, ...] = ()  # who hears measured turns: nobody before the first repeat begins
+
+    def begin(self) -> None:
+        if self._weights is not None:
+            load_lora_state_dict(self.drafter, self._weights)
+            self.learner = learner_of(self.drafter, self.sampling.seed)
+        self._heard = (*([self.learner] if self.learner else []), *self.listeners)
 
     def sequence(self, prompt: list[int], index: int, limit: int) -> DecodeSequence:
-        """A prefilled sequence."""
+        """A prefilled sequence that nobody listens to."""
+        return self._sequence(prompt, index, limit, ())
+
+    def _sequence(self, prompt: list[int], index: int, limit: int, listeners: tuple[Listener, ...]) -> DecodeSequence:
         params = self.params.model_copy(update={"max_new_tokens": limit})
-        sequence = DecodeSequence(self.target, self.drafter, params, self.sampling, self.stop, index=index)
+        sequence = DecodeSequence(self.target, self.drafter, params, self.sampling, self.stop, listeners, index)
         sequence.prefill(prompt)
         return sequence
 
@@ -94,7 +113,7 @@ class EngineMode:
         stats, widths, log = Stats(), Counter[int](), list[Draft]()
         with undisturbed():
             began = now(self.target.device)
-            sequence = self.sequence(prompt, index, limit)
+            sequence = self._sequence(prompt, index, limit, self._heard)
             cycles = decode(sequence)
             stats.add(next(cycles))
             first = now(self.target.device)

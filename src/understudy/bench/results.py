@@ -10,7 +10,7 @@ from typing import Any
 from understudy.bench.check import Divergence
 from understudy.bench.efficiency import Alone
 from understudy.bench.measure import Turns
-from understudy.bench.modes import Mode, Turn
+from understudy.bench.modes import EngineMode, Mode, Turn
 from understudy.decoding.stats import Stats
 from understudy.telemetry.repeats import repeat_share
 from understudy.telemetry.stopwatch import SECTIONS
@@ -108,6 +108,7 @@ def row(
         "efficiency": gain / ideal if gain and ideal else None,
         "alone": parts_alone.as_json() if parts_alone else None,
         "breakdown": parts,
+        "learning": mode.learner.summary() if isinstance(mode, EngineMode) and mode.learner else None,
         "overhead": overhead(parts, parts_alone is None or parts_alone.runs_model),
         "identical": None if divergences is None else not divergences,
         "rejected_drafts": stats.rejected if drafts else None,

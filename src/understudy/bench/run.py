@@ -24,6 +24,7 @@ from understudy.bench.lineup import law, line_up
 from understudy.bench.measure import Turns, measure, warm_up
 from understudy.bench.modes import EngineMode, Mode, Turn
 from understudy.bench.results import PLAIN, REFERENCE, WRONG, median_repeat, row, validity
+from understudy.bench.watch import watched
 from understudy.core.errors import UserError
 from understudy.core.files import write_json, write_text
 from understudy.core.provenance import environment
@@ -82,8 +83,9 @@ def bench(
     with _progress(config, len(modes) * len(prompts) * config.repeats) as (seen, status):
         status("warming up")
         warm_up(modes, prompts, config.max_new_tokens)
-        status("measuring")
-        turns = measure(modes, prompts, config.max_new_tokens, config.repeats, seen(target.tokenizer))
+        with watched(config, modes, target, prompts):
+            status("measuring")
+            turns = measure(modes, prompts, config.max_new_tokens, config.repeats, seen(target.tokenizer))
         status("timing parts alone")
         parts = {mode.name: _alone(mode, prompts, turns[mode.name], config) for mode in modes}
         status("comparing outputs")

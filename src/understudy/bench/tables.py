@@ -25,6 +25,7 @@ PARTS = {
     "verify": "Target verify",
     "sample": "Token sampling",
     "cache": "KV cache and commit",
+    "listen": "Learning, telemetry",
     "other": "Other overhead",
 }
 
@@ -91,6 +92,8 @@ def comparison(row: Row, standard: Row, prompts: int) -> list[Text | Table]:
     parts = Table("Decode breakdown", "Time", "% of decode")
     for name in SECTIONS:
         part = row["breakdown"][name]
+        if name == "listen" and not part["seconds"]:
+            continue  # nobody listened
         parts.add_row(PARTS[name], f"{1000 * part['seconds'] / prompts:.1f} ms", f"{part['share']:.1%}")
     return [title, times, quality, parts]
 

@@ -22,7 +22,7 @@ def command(config: BenchOptions) -> int:
     from understudy.bench.lineup import drafters
     from understudy.bench.run import read_prompts, run
 
-    for path in (config.output, config.output_dir and config.output_dir / "results.json"):
+    for path in (config.output, config.metrics_out, config.output_dir and config.output_dir / "results.json"):
         if path:
             check_writable(path)
     defaults = draft_defaults(config, drafters(config))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from understudy.core.config import Config, option
 from understudy.core.errors import UserError
+from understudy.drafting.learning import LearnOptions
 
 if TYPE_CHECKING:
     from understudy.target.target import Target
@@ -25,11 +26,19 @@ class ModelOptions(Config):
     threads: int | None = option(None, "CPU threads", ge=1)
 
 
-class DraftOptions(Config):
-    """Options of drafters that may stand beside `--drafter` instead of inside it. They apply to every drafter that has them."""
+class DraftOptions(LearnOptions):
+    """Options of drafters that may stand beside `--drafter` instead of inside it. They apply to every drafter that has them.
+
+    Defaults are each drafter's own: what is not given here is not handed on.
+    """
 
     exit_layer: int | None = option(None, "layers that draft: the first E", "exitlayer", "early-layer", ge=1)
     threshold: float | None = option(None, "drafting stops after a draft whose probability is below this", ge=0, le=1)
+    adapter_path: str | None = option(None, "folder of a Kangaroo adapter, or none", min_length=1)
+    adapter_mode: Literal["auto", "none", "load"] | None = option(
+        None,
+        "none: the identity path, nothing is read; load: an adapter is required; auto: load one if a path is given",
+    )
 
 
 def draft_defaults(config: DraftOptions, drafters: list[str]) -> dict[str, Any]:

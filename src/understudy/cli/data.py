@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from understudy.cli import SETTINGS
+from understudy.cli.data_capture import capture_command
 from understudy.cli.options import config_command
 from understudy.core.config import Config, option
 from understudy.core.errors import UserError
@@ -95,3 +96,4 @@ def _cut(text: str) -> str:
 
 command.add_command(stdlib)
 command.add_command(peek)
+command.add_command(capture_command)

@@ -9,8 +9,11 @@ from understudy.cli.options import config_command
 from understudy.core.config import option
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from understudy.api import Engine
     from understudy.decoding.stats import Stats
+    from understudy.target.target import Target
 
 DRAFTERS = ("none", "null", "prompt-lookup", "early-exit,exit_layer=4")
 SHOWN = 2  # prompts whose answer is printed
@@ -25,12 +28,16 @@ class DemoConfig(ModelOptions):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "float32", "dtype of the weights; in float32 outputs are identical, below it near ties may fall otherwise"
     )
+    learn_seconds: float = option(60.0, "seconds of live learning at the end; 0 = none", ge=0)
     threads: int | None = option(1, "CPU threads; one is steady on a machine that is busy otherwise", ge=1)
 
 
 @config_command(DemoConfig)
 def command(config: DemoConfig) -> int:
-    """Decode held-out prompts with every drafter: real output, what each one gains, and that no token differs."""
+    """Decode held-out prompts with every drafter: real output, what each one gains, and that no token differs.
+
+    At the end a draft head learns live on new prompts, while the text stays identical.
+    """
     from rich import box
     from rich.console import Console
     from rich.markup import escape
@@ -38,6 +45,7 @@ def command(config: DemoConfig) -> int:
 
     from understudy.api import Engine
     from understudy.assets import prompts_path
+    from understudy.cli.demo_learning import learn
     from understudy.data.prompts import load_prompts, render
     from understudy.decoding.stats import Stats
     from understudy.drafting.spec import build
@@ -91,8 +99,17 @@ def command(config: DemoConfig) -> int:
     console.print()
     console.print(table)
     differ = any(count != len(prompts) for count in same.values())
-    exact = target.dtype.itemsize >= 4
     console.print("tau = tokens committed per cycle; null is always wrong and must come out below 1x.", soft_wrap=True)
+    if config.learn_seconds:
+        rest = load_prompts(prompts_path())[config.num_prompts :]
+        new = [render(target.tokenizer, prompt.messages) for prompt in rest]
+        differ |= not learn(console, target, new, config.learn_seconds, config.max_new_tokens)
+    return _verdict(console, target, differ)
+
+
+def _verdict(console: Console, target: Target, differ: bool) -> int:
+    """Say whether the outputs are the same; the exit code."""
+    exact = target.dtype.itemsize >= 4
     if not differ:
         console.print("Not one token differs from plain decoding.")
     elif exact:

@@ -13,6 +13,9 @@ from understudy.core.errors import UserError
 from understudy.core.files import check_writable, write_text
 from understudy.decoding.request import DecodeParams
 from understudy.target.params import SamplingParams
+from understudy.telemetry.options import AlignTelemetryParams
+
+PLAIN_PROMPTS = 2  # prompts that plain decoding is timed with, for the speed-up in metrics/speed.csv
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
     from understudy.data.prompts import Prompt
 
 
-class GenerateConfig(SamplingParams, DecodeParams, DraftOptions, ModelOptions):
+class GenerateConfig(SamplingParams, DecodeParams, AlignTelemetryParams, DraftOptions, ModelOptions):
     """Options of `understudy generate`."""
 
     drafter: str = option("prompt-lookup", "NAME[:PATH][,key=value...]; none = plain decoding")
@@ -39,6 +42,9 @@ class GenerateConfig(SamplingParams, DecodeParams, DraftOptions, ModelOptions):
     stop: list[str] = option([], "end the answer before this text (repeatable)")
     ignore_eos: bool = option(False, "go on after stop tokens")
     output: Path | None = option(None, "JSON Lines file for prompts, answers, tokens and statistics")
+    output_dir: Path | None = option(
+        None, "run folder: run.yaml, env.json, metrics/acceptance.csv, metrics/speed.csv, telemetry dumps", "outdir"
+    )
 
 
 @config_command(GenerateConfig)
@@ -56,17 +62,35 @@ def command(config: GenerateConfig) -> None:
     from rich.console import Console
 
     from understudy.api import Engine
+    from understudy.cli.text import learned
+    from understudy.cli.watching import watching
     from understudy.drafting.spec import build
+    from understudy.telemetry.run import RunFolder
 
     if config.output is not None:
         check_writable(config.output)
     defaults = draft_defaults(config, [config.drafter]) | {"steps": config.steps}
+    folder = None if config.output_dir is None else RunFolder(config.output_dir)
     target = load(config)
-    engine = Engine(target, build(config.drafter, target, **defaults))
+    drafter = build(config.drafter, target, **defaults)
     console = Console(highlight=False)
-    if config.interactive:
-        return _converse(engine, config, console)
-    rows = [_answer(engine, config, console, prompt, i * config.n) for i, prompt in enumerate(prompts)]
+    few = [_ids(Engine(target, drafter), config, prompt) for prompt in prompts[:PLAIN_PROMPTS]]
+    if folder is not None:
+        folder.begin(config, config.seed)
+    path, notes = config.output_dir, list[str]()
+    with watching(
+        config, target, drafter, "serve", prompts=few, folder=path, summary=notes.append, seed=config.seed
+    ) as listeners:
+        engine = Engine(target, drafter, listeners)
+        if config.interactive:
+            return _converse(engine, config, console)
+        rows = []
+        for i, prompt in enumerate(prompts):
+            rows.append(_answer(engine, config, console, prompt, i * config.n))
+            while notes:  # lines that came while an answer was being printed
+                console.print(notes.pop(0), style="dim", markup=False, soft_wrap=True)
+        if engine.learner is not None:
+            console.print(learned(engine.learner.summary()), style="dim", markup=False, soft_wrap=True)
     if config.output is not None:
         write_text(config.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -91,3 +91,12 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
             break
         n += 1
     return n
+
+
+def learned(summary: Mapping[str, float]) -> str:
+    """What an online learner did, in one line."""
+    return (
+        f"learned: {summary['samples']:.0f} judged drafts, {summary['ran']:.0f} of {summary['due']:.0f} due updates run"
+        f" ({summary['skipped']:.0f} skipped, {summary['restored']:.0f} taken back),"
+        f" {summary['ms_p50']:.1f} ms each (p99 {summary['ms_p99']:.1f}), {summary['bytes_per_slot']:.0f} bytes per position"
+    )

@@ -58,8 +58,8 @@ class Skipped:
             self.first.append(f"{where}: {reason}")
 
 
-class _Malformed(Exception):
-    """Why a line is no conversation. The reader adds where."""
+class Malformed(Exception):
+    """Why a line is no conversation. Whoever reads the file adds where."""
 
 
 def read(path: str | Path, skipped: Skipped | None = None) -> Iterator[Conversation]:
@@ -80,8 +80,8 @@ def read(path: str | Path, skipped: Skipped | None = None) -> Iterator[Conversat
             if not raw.strip():
                 continue
             try:
-                conversation = _conversation(_row(raw), f"{path.stem}:{number}")
-            except _Malformed as reason:
+                conversation = parse_conversation(parse_row(raw), f"{path.stem}:{number}")
+            except Malformed as reason:
                 if skipped is None:
                     raise UserError(f"{path}:{number}: {reason}") from None
                 skipped.add(f"{path}:{number}", str(reason))
@@ -89,81 +89,83 @@ def read(path: str | Path, skipped: Skipped | None = None) -> Iterator[Conversat
             yield conversation
 
 
-def _row(raw: bytes) -> dict[str, Any]:
+def parse_row(raw: bytes) -> dict[str, Any]:
     try:
         row = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise _Malformed(f"not UTF-8 (byte {error.start})") from None
+        raise Malformed(f"not UTF-8 (byte {error.start})") from None
     except json.JSONDecodeError as error:
-        raise _Malformed(f"not JSON: {error.msg} (column {error.colno})") from None
+        raise Malformed(f"not JSON: {error.msg} (column {error.colno})") from None
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits, thousands of nested lists
-        raise _Malformed(f"not readable as JSON: {error}") from None
+        raise Malformed(f"not readable as JSON: {error}") from None
     if not isinstance(row, dict):
-        raise _Malformed(f"holds {_kind(row)}, expected one JSON object per line")
+        raise Malformed(f"holds {_kind(row)}, expected one JSON object per line")
     return row
 
 
-def _conversation(row: dict[str, Any], fallback_id: str) -> Conversation:
+def parse_conversation(row: dict[str, Any], fallback_id: str) -> Conversation:
     name = next((str(row[key]) for key in ID_KEYS if isinstance(row.get(key), (str, int))), fallback_id)
     for key in ("conversations", "messages"):
         if key in row:
             return Conversation(name, _messages(row[key], key))
     if "turns" in row:
-        first, *rest = (_text(turn, f"turn {i}") for i, turn in enumerate(_items(row["turns"], "turns"), start=1))
+        first, *rest = (
+            checked_text(turn, f"turn {i}") for i, turn in enumerate(_items(row["turns"], "turns"), start=1)
+        )
         return Conversation(name, (Message("user", first),), tuple(rest))
     if "prompt" in row:
-        return Conversation(name, (Message("user", _text(row["prompt"], "prompt")),))
-    raise _Malformed("has none of the keys conversations, messages, turns, prompt")
+        return Conversation(name, (Message("user", checked_text(row["prompt"], "prompt")),))
+    raise Malformed("has none of the keys conversations, messages, turns, prompt")
 
 
 def _messages(value: Any, key: str) -> tuple[Message, ...]:
     messages = tuple(_message(item, f"message {i}") for i, item in enumerate(_items(value, key), start=1))
     if all(message.role != "user" for message in messages):
-        raise _Malformed(f"{key} has no user message")
+        raise Malformed(f"{key} has no user message")
     return messages
 
 
 def _message(item: Any, where: str) -> Message:
     if not isinstance(item, dict):
-        raise _Malformed(f"{where} is {_kind(item)}, expected an object")
+        raise Malformed(f"{where} is {_kind(item)}, expected an object")
     speaker, content = ("from", "value") if "from" in item else ("role", "content")
     for key in (speaker, content):
         if key not in item:
-            raise _Malformed(f"{where} has no {key!r}")
+            raise Malformed(f"{where} has no {key!r}")
     if not isinstance(item[speaker], str) or (role := ROLES.get(item[speaker])) is None:
-        raise _Malformed(f"{where} is from {item[speaker]!r:.60}, expected one of {', '.join(ROLES)}")
+        raise Malformed(f"{where} is from {item[speaker]!r:.60}, expected one of {', '.join(ROLES)}")
     value = item[content]
     if isinstance(value, list):
         value = "".join(_part(part, where) for part in value)
     # an empty system message is common in published data, and is not the same as none where a template has a default
-    return Message(role, _text(value, f"{where} ({role})", empty=role == "system"))
+    return Message(role, checked_text(value, f"{where} ({role})", empty=role == "system"))
 
 
 def _part(part: Any, where: str) -> str:
     """The text of one part of an OpenAI content list."""
     if not isinstance(part, dict) or part.get("type") != "text":
         found = part.get("type") if isinstance(part, dict) else part
-        raise _Malformed(f"{where} has a content part of type {found!r:.60}, only text is supported")
-    return _text(part.get("text"), f"a text part of {where}", empty=True)
+        raise Malformed(f"{where} has a content part of type {found!r:.60}, only text is supported")
+    return checked_text(part.get("text"), f"a text part of {where}", empty=True)
 
 
 def _items(value: Any, key: str) -> list[Any]:
     if not isinstance(value, list):
-        raise _Malformed(f"{key} is {_kind(value)}, expected a list")
+        raise Malformed(f"{key} is {_kind(value)}, expected a list")
     if not value:
-        raise _Malformed(f"{key} is empty")
+        raise Malformed(f"{key} is empty")
     return value
 
 
-def _text(value: Any, what: str, empty: bool = False) -> str:
+def checked_text(value: Any, what: str, empty: bool = False) -> str:
     if not isinstance(value, str):
-        raise _Malformed(f"{what} is {_kind(value)}, expected text")
+        raise Malformed(f"{what} is {_kind(value)}, expected text")
     if not empty and not value.strip():
-        raise _Malformed(f"{what} is empty")
+        raise Malformed(f"{what} is empty")
     try:
         value.encode()
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, no tokenizer can read one
-        raise _Malformed(f"{what} holds half of a surrogate pair") from None
+        raise Malformed(f"{what} holds half of a surrogate pair") from None
     return value
 
 

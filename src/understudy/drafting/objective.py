@@ -61,6 +61,10 @@ class Objective(nn.Module):
     def forward(self, features: Features) -> StepOutput:
         raise NotImplementedError
 
+    def servable(self) -> dict[str, str]:
+        """Engine -> "ok", or why it cannot serve what is trained here."""
+        raise NotImplementedError
+
     def save(self, folder: Path) -> None:
         """Write the drafter as a servable checkpoint: `config.json` and `model.safetensors` (the loop adds `understudy.json`)."""
         raise NotImplementedError

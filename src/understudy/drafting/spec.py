@@ -11,6 +11,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pydantic
@@ -19,6 +20,7 @@ import yaml
 from understudy.core.config import Config, names_of, option
 from understudy.core.errors import UserError
 from understudy.core.explain import Given, explain
+from understudy.drafting.objective import Objective
 from understudy.drafting.protocols import Drafter
 from understudy.target.target import Target
 
@@ -41,6 +43,10 @@ class Spec:
     build: Callable[[Any, Target, str | None], Drafter]  # (config, target, path)
     tiny: Callable[[Target], list[Drafter]]  # instances for a small target, one per mode worth testing
     takes_path: bool = False
+    objective: Callable[[Any, Target, Path | None], Objective] | None = (
+        None  # offline training: (config, target, warm start)
+    )
+    objective_config: type[Config] | None = None  # the options of that
 
 
 @cache

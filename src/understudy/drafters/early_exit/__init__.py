@@ -12,6 +12,7 @@ from understudy.drafters.early_exit.config import DVIConfig, ExitConfig, adapter
 from understudy.drafters.early_exit.drafter import ExitDrafter
 from understudy.drafters.early_exit.files import exit_layer_of, read_adapter
 from understudy.drafters.early_exit.head import DrafterHead
+from understudy.drafters.early_exit.objective import ExitObjectiveConfig, train_kangaroo
 from understudy.drafters.early_exit.shallow import ShallowLoRA
 from understudy.drafting.lora import load_lora_state_dict, read_lora
 from understudy.drafting.protocols import Drafter
@@ -124,6 +125,8 @@ SPECS = (
         build=build_kangaroo,
         tiny=_tiny_adapters,
         takes_path=True,
+        objective=train_kangaroo,
+        objective_config=ExitObjectiveConfig,
     ),
     Spec(
         name="dvi",

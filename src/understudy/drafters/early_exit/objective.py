@@ -11,21 +11,33 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from understudy.core.config import Config, option
+from understudy.core.errors import UserError
+from understudy.core.files import replacing, write_json
 from understudy.core.records import Needs
+from understudy.drafters.early_exit.adapter import Adapter
+from understudy.drafters.early_exit.config import ExitConfig
 from understudy.drafters.early_exit.drafter import ExitDrafter
-from understudy.drafters.early_exit.files import write_adapter
+from understudy.drafters.early_exit.files import exit_layer_of, read_adapter, write_adapter
+from understudy.drafting.lora import lora_state_dict
 from understudy.drafting.objective import Batch, Features, Objective, StepOutput
 from understudy.ops.chunks import chunked_sums
+from understudy.target.probe import probe
+from understudy.target.target import Target
 
 
 class ExitObjectiveConfig(Config):
     """Options of training on an early exit."""
 
     exit_layer: int = option(2, "layers that draft: the first E", "exitlayer", "early-layer", ge=1)
+    threshold: float = option(
+        0.6, "of drafting while acceptance is measured: stop after a draft less probable", ge=0, le=1
+    )
+    draft_steps: int = option(6, "most drafts per cycle while acceptance is measured", "num-speculative-tokens", ge=1)
     loss_chunk: int = option(1024, "slots whose logits exist at the same time", ge=1)
     adapter_bin: bool = option(False, "also write pytorch_model.bin, which Kangaroo's own code loads")
 
@@ -108,6 +120,28 @@ class ExitObjective(Objective):
         }
         return StepOutput(loss, count, metrics)
 
+    def servable(self) -> dict[str, str]:
+        reason = "it has no early exit: drafts need the target's own first layers and their cache"
+        return {"understudy": "ok", "vllm": reason, "sglang": reason, "transformers": reason}
+
     def save(self, folder: Path) -> None:
         if self.drafter.adapter is not None:
             write_adapter(self.drafter.adapter, folder, released=self.config.adapter_bin)
+            return
+        write_json(folder / "config.json", {"architectures": ["DVIHead"], "exit_layer": self.exit_layer})
+        with replacing(folder / "model.safetensors") as path:
+            save_file(lora_state_dict(self.drafter), path, metadata={"format": "pt"})
+
+
+def train_kangaroo(config: ExitObjectiveConfig, target: Target, start: Path | None) -> ExitObjective:
+    """A new adapter, or the one in `start`, under training."""
+    if config.exit_layer >= target.layers:
+        raise UserError(
+            f"--exit-layer {config.exit_layer}: the target has {target.layers} layers, one must be left to verify"
+        )
+    probe(target, "split", config.exit_layer)
+    adapter = Adapter.identity(target, config.exit_layer) if start is None else read_adapter(start, target)
+    if start is not None and (trained := exit_layer_of(start)) not in (None, config.exit_layer):
+        raise UserError(f"{start} was trained at exit layer {trained}: give --exit-layer {trained}")
+    drafting = ExitConfig(exit_layer=config.exit_layer, threshold=config.threshold, steps=config.draft_steps)
+    return ExitObjective(ExitDrafter(target, drafting, adapter), config)

@@ -1,0 +1,16 @@
+"""`understudy train`: a command per method."""
+
+from __future__ import annotations
+
+from understudy.cli import LazyGroup
+
+TRAINERS = {  # name -> (module, one line of help)
+    "kangaroo": (
+        "understudy.cli.train_kangaroo",
+        "Kangaroo's adapter, offline: an attention block between exit and head.",
+    ),
+    "dvi": ("understudy.cli.train_dvi", "A draft head that learns from accepts and rejects, online or by rollouts."),
+    "dvi-rl": ("understudy.cli.train_dvi_rl", "DVI-RL: reinforcement learning on two LoRAs."),
+}
+
+command = LazyGroup(TRAINERS, name="train", help="Train a drafter.", no_args_is_help=True)

@@ -1,0 +1,92 @@
+"""Sums that become ratios at the last moment, and the two evaluations: held-out loss, and real acceptance."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from understudy.core.errors import UserError
+from understudy.training.distributed import Ranks
+from understudy.training.optimizer import Masters
+from understudy.training.protocols import FeatureSource, HeldOut, Measure
+from understudy.training.rng import preserved_rng
+
+
+class Sums:
+    """(sum, count) per name. Values stay on their device until `ratios`, so that adding waits for nothing."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+
+    def add(self, metrics: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        for name, (total, count) in metrics.items():
+            total, count = total.detach(), torch.as_tensor(count, device=total.device)
+            self._sums[name] = self._sums[name] + total if name in self._sums else total.clone()
+            self._counts[name] = self._counts[name] + count if name in self._counts else count.clone()
+
+    def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """(sum, count) so far, of this rank."""
+        return {name: (self._sums[name], self._counts[name]) for name in self._sums}
+
+    def ratios(self, ranks: Ranks) -> dict[str, float]:
+        """Sum / count over all ranks, by name; names without a count are left out. A collective: every rank calls it."""
+        mine = {name: (float(self._sums[name]), float(self._counts[name])) for name in self._sums}
+        sums: dict[str, float] = defaultdict(float)
+        counts: dict[str, float] = defaultdict(float)
+        for one in ranks.gather(mine):
+            for name, (total, count) in one.items():
+                sums[name] += total
+                counts[name] += count
+        return {name: sums[name] / counts[name] for name in sums if counts[name]}
+
+
+def held_out(ranks: Ranks, model: nn.Module, features: FeatureSource, batches: HeldOut) -> dict[str, float]:
+    """Loss and metrics per supervised slot of the held-out batches, of all ranks. Changes neither weights nor random state."""
+    sums = Sums()
+    was = model.training
+    model.eval()
+    try:
+        with preserved_rng(), torch.no_grad():
+            for batch in batches:
+                given = features(batch.to(ranks.device))
+                with ranks.accelerator.autocast():
+                    loss, count, metrics = model(given)
+                sums.add({**metrics, "loss": (loss, count)})
+    finally:
+        model.train(was)
+    return sums.ratios(ranks)
+
+
+def measured(ranks: Ranks, model: nn.Module, masters: Masters, measure: Measure) -> dict[str, float]:
+    """What decoding on rank 0 gives with the drafter as it would be saved now; the same on every rank."""
+    with ranks.whole(model):
+        figures = None
+        if ranks.main:
+            with masters.serving(), preserved_rng():
+                figures = {name: float(value) for name, value in measure().items()}
+        figures = ranks.of_main(figures)
+    assert "tau" in figures, "a measure says tau"
+    return figures
+
+
+def mismatch(simulated: float, real: float) -> str | None:
+    """What to say when the accept length that training simulates is far from the measured one; None = they agree.
+
+    Accepted drafts (tau - 1) are compared. Simulation follows the text of the data and decoding the target's own, so some
+    distance is normal; half of the drafts missing is not.
+    """
+    if simulated - 1 < 0.5 or real - 1 >= (simulated - 1) / 2:
+        return None
+    return (
+        f"train/serve mismatch: simulated accept length {simulated:.2f}, measured {real:.2f}; the drafter sees other inputs "
+        "when it decodes than in training (chat template, thinking mode, taps, positions) or the data is not the target's own text"
+    )
+
+
+def require_measure(measure: Measure | None, early_stop: int) -> None:
+    if early_stop and measure is None:
+        raise UserError("--early-stop follows the measured accept length, and there are no prompts to measure it on")

@@ -1,0 +1,1 @@
+"""The offline loop, on an objective that learns in milliseconds."""
