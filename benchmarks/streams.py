@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import random
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from understudy.data.conversations import Message
@@ -42,14 +42,16 @@ def packages(names: Sequence[str] = PACKAGES) -> list[str]:
     return found
 
 
-def stream(target: Target, asked: Sequence[str], count: int, seed: int) -> list[list[int]]:
-    """`count` prompts as token ids, drawn without replacement; the same seed gives the same stream."""
+def stream(
+    target: Target, asked: Sequence[str], count: int, seed: int, without: Collection[tuple[int, ...]] = ()
+) -> list[list[int]]:
+    """`count` prompts as token ids, none of `without`, drawn without replacement; the same seed gives the same stream."""
     order = list(dict.fromkeys(asked))
     random.Random(seed).shuffle(order)
     chosen: list[list[int]] = []
     for text in order:
         ids = render(target.tokenizer, [Message("user", text)])
-        if len(ids) <= LONGEST:
+        if len(ids) <= LONGEST and tuple(ids) not in without:
             chosen.append(ids)
         if len(chosen) == count:
             return chosen

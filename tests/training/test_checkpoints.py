@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from training import toy
+from understudy.core.checkpoints import find_checkpoint
 from understudy.core.errors import UserError
 from understudy.training import checkpoints as disk
-from understudy.training.checkpoints import Checkpoints, find_checkpoint, load_weights, read_state
+from understudy.training.checkpoints import Checkpoints, load_weights, read_state
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from training import toy
-from understudy.training.checkpoints import find_checkpoint, read_state
+from understudy.core.checkpoints import find_checkpoint
+from understudy.training.checkpoints import read_state
 
 ROOT = Path(__file__).parents[2]
 OPTIONS: dict[str, Any] = {

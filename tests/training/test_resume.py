@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from training import toy
+from understudy.core.checkpoints import find_checkpoint
 from understudy.core.errors import UserError
-from understudy.training.checkpoints import find_checkpoint, read_state
+from understudy.training.checkpoints import read_state
 from understudy.training.rng import preserved_rng, rng_state, set_rng_state
 from understudy.training.stops import StopRequest
 

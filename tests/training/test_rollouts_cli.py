@@ -12,8 +12,8 @@ import yaml
 
 from training import words
 from understudy import cli
+from understudy.drafters.early_exit.saved import read_saved
 from understudy.telemetry.run import read_events, read_table
-from understudy.training.rollouts import checkpoints
 
 SMALL = (
     "--exit-layer 3 --steps 2 --rollout 2 --train-k-spec 2 --max-new-tokens 8 --eval-every 0 --eval-prompts 2 --spec-k-max 1"
@@ -183,7 +183,7 @@ def test_a_run_goes_on_from_another(train):
     assert names == {"step_00000001.pt", "step_00000002.pt", "latest.pt", "final.pt"}
     _, figures, run = train(f"--load-lora {first} --steps 1", SMALL.replace("--shallow-rank 2", ""))
     assert figures["updates"] == 3
-    assert checkpoints.read_settings(run / "checkpoints" / "final.pt")["shallow_rank"] == 2
+    assert read_saved(run / "checkpoints" / "final.pt").settings["shallow_rank"] == 2
     assert any(not torch.equal(a, lora(first)[name]) for name, a in lora(run).items())
 
 

@@ -8,6 +8,7 @@ import torch
 from training import words
 from training.words import rolled, weights
 from understudy.core.errors import UserError
+from understudy.drafters.early_exit.saved import find, read_saved
 from understudy.drafting.lora import lora_state_dict
 from understudy.training.rollouts import checkpoints
 from understudy.training.rollouts.options import RolloutOptions
@@ -30,7 +31,7 @@ def test_a_run_that_goes_on_equals_one_that_never_stopped(target, tmp_path):
         half.step(rollouts)
     checkpoints.save(tmp_path / "checkpoints" / "final.pt", half)
     rest = RolloutTrainer(second, options)
-    checkpoints.load(checkpoints.find(tmp_path), rest)
+    checkpoints.load(find(tmp_path), rest)
     for _ in range(2):
         found = rest.step(rollouts)
     assert found == expected and rest.updates == 4
@@ -43,9 +44,9 @@ def test_a_checkpoint_is_a_head_for_others_and_says_what_it_is(target, tmp_path)
     drafter = words.drafter(target, 2, noise=0.1, rank=3, alpha=5.0)
     checkpoints.save(tmp_path / "final.pt", RolloutTrainer(drafter, RolloutOptions()))
     assert read_lora(tmp_path / "final.pt").keys() == lora_state_dict(drafter).keys()
-    found = checkpoints.read_settings(tmp_path / "final.pt")
+    found = read_saved(tmp_path / "final.pt").settings
     assert found == {"exit_layer": 3, "rank": 3, "alpha": 5.0, "shallow_rank": 2, "shallow_alpha": 16.0}
-    assert checkpoints.find(tmp_path) == tmp_path / "final.pt"
+    assert find(tmp_path) == tmp_path / "final.pt"
 
 
 def test_checkpoints_that_do_not_fit_are_refused(target, tmp_path):
@@ -59,6 +60,6 @@ def test_checkpoints_that_do_not_fit_are_refused(target, tmp_path):
     with pytest.raises(UserError, match="LoRA of the shallow layers does not fit"):
         checkpoints.load(path, RolloutTrainer(words.drafter(target, 0), RolloutOptions()))
     with pytest.raises(UserError, match="holds no checkpoint"):
-        checkpoints.find(tmp_path / "..")
+        find(tmp_path / "..")
     with pytest.raises(UserError, match="no LoRA checkpoint"):
-        checkpoints.read_settings(tmp_path / "missing.pt")
+        read_saved(tmp_path / "missing.pt")

@@ -31,6 +31,8 @@ def offline_command(name: str) -> click.Command:
         ranks = Ranks(config, config.device)
         target = load(config.model_copy(update={"device": str(ranks.device)}))
         run(spec, config, target, ranks)
+        ranks.close()
+        ranks.leave(0)
         return 0
 
     train.__name__ = name

@@ -71,8 +71,8 @@ def command(config: TrainDviConfig) -> None:
     of `generate` and `bench`, with its --dvi-* options. The target stays as it is in both. The last line is JSON.
     """
     _check(config)
+    from understudy.drafters.early_exit.saved import find
     from understudy.telemetry.run import RunFolder
-    from understudy.training.rollouts.checkpoints import find
     from understudy.training.stops import StopRequest
 
     if config.load_lora is not None:
@@ -144,8 +144,8 @@ def _rollouts(
     from understudy.assets import prompts_path
     from understudy.data.conversations import Skipped
     from understudy.data.options import DataOptions, corpus_paths
+    from understudy.drafters.early_exit.saved import find, read_saved
     from understudy.drafting.spec import parse
-    from understudy.training.rollouts.checkpoints import find, read_settings
     from understudy.training.rollouts.prompts import endless_prompts, held_out_prompts
     from understudy.training.rollouts.run import RolloutRun
 
@@ -154,7 +154,7 @@ def _rollouts(
     )
     _, path, text = parse(config.drafter)
     start = config.load_lora or (find(path) if path else None)
-    trained = read_settings(start) if start else {}
+    trained = read_saved(start).settings if start else {}
     # an adapter reads the target's own states, and a checkpoint has what it was trained with
     bare = start is None and text.get("adapter_path", config.adapter_path) in (None, "none")
     values: dict[str, Any] = {"threshold": 0.0, "shallow_rank": SHALLOW_RANK if bare else 0, **trained}

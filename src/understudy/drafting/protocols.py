@@ -6,7 +6,7 @@ a session proposes, the output law stays the target's: the engine verifies every
 
 from __future__ import annotations
 
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,7 @@ class Drafter(nn.Module):
     def session(self, view: View) -> DraftSession:
         raise NotImplementedError
 
-    # Drafters with `learning` put a `Trace` into every proposal and implement these two
+    # Drafters with `learning` put a `Trace` into every proposal and implement these
 
     def head_logits(self, hidden: Tensor) -> Tensor:
         """Logits [n, V] of the learning head at states [n, D] (`Trace.hidden`), differentiable in its trainable parameters."""
@@ -84,3 +84,7 @@ class Drafter(nn.Module):
     def frozen_logits(self, hidden: Tensor) -> Tensor:
         """The same of the head as it was before any learning."""
         raise NotImplementedError
+
+    def lora_extras(self) -> dict[str, Any]:
+        """What a checkpoint of the head holds besides its A and B: tensors and numbers by name."""
+        return {}

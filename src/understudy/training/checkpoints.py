@@ -14,13 +14,13 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from understudy.core.checkpoints import find_checkpoint, follow, steps_of
 from understudy.core.errors import UserError
 from understudy.core.files import write_json, write_text
 
@@ -28,45 +28,6 @@ if TYPE_CHECKING:  # finding a checkpoint needs no torch
     from torch import Tensor, nn
 
 STATE = "trainer_state"
-_STEP = re.compile(r"step_(\d+)")
-
-
-def find_checkpoint(path: str | Path, prefer: Literal["best", "latest"] = "best") -> Path:
-    """The checkpoint folder that `RUN`, `RUN/checkpoints`, `RUN/best`, `RUN/latest` or `RUN/checkpoints/step_N` means.
-
-    A run means its `prefer`red checkpoint, else its latest one. UserError when there is none.
-    """
-    path = Path(path)
-    for candidate in _candidates(path, prefer):
-        if (candidate / "config.json").is_file():
-            return candidate
-    if not path.exists():
-        raise UserError(f"no checkpoint: {path} does not exist")
-    raise UserError(f"no checkpoint in {path}: neither config.json nor best, latest or checkpoints/step_N is there")
-
-
-def _candidates(path: Path, prefer: str) -> list[Path]:
-    """Where `path` may lead, the most wanted first."""
-    if path.is_file():  # a link, where the file system has none
-        return [_follow(path)]
-    path = path.resolve() if path.is_symlink() else path  # the checkpoint itself: `best` may soon mean another one
-    run = path.parent if path.name == "checkpoints" else path
-    newest = [*reversed(_steps(run / "checkpoints").values()), _follow(run / "latest")]
-    return [path, *([_follow(run / "best")] if prefer == "best" else []), *newest]
-
-
-def _follow(link: Path) -> Path:
-    if link.is_file():
-        return link.parent / link.read_text(encoding="utf-8").strip()
-    return link.resolve() if link.is_symlink() else link
-
-
-def _steps(folder: Path) -> dict[int, Path]:
-    """The whole checkpoints in a folder by step, the oldest first."""
-    if not folder.is_dir():
-        return {}
-    found = {int(m[1]): p for p in folder.iterdir() if (m := _STEP.fullmatch(p.name)) and (p / "config.json").is_file()}
-    return dict(sorted(found.items()))
 
 
 class Checkpoints:
@@ -78,7 +39,7 @@ class Checkpoints:
 
     def claim(self) -> None:
         """UserError if a run already saved here: a new one would mix with it."""
-        if _steps(self.folder):
+        if steps_of(self.folder):
             raise UserError(
                 f"{self.run} holds a run: give --resume to continue it, or another --output-dir to start a new one"
             )
@@ -118,8 +79,8 @@ class Checkpoints:
             write_text(link, to + "\n")
 
     def _prune(self) -> None:
-        best = _follow(self.run / "best")
-        for place in list(_steps(self.folder).values())[: -self.keep]:
+        best = follow(self.run / "best")
+        for place in list(steps_of(self.folder).values())[: -self.keep]:
             if place.resolve() != best.resolve():
                 shutil.rmtree(place)
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from understudy.core.checkpoints import find_checkpoint
 from understudy.core.files import write_json
 from understudy.core.provenance import environment
 from understudy.core.seeds import derive
@@ -74,8 +75,8 @@ class Keeper:
         """The checkpoint to continue. UserError if there is none, or if a new run would mix with an old one."""
         options = self.options
         if options.resume:
-            return disk.find_checkpoint(self.store.run, prefer="latest")
-        source = None if options.resume_from is None else disk.find_checkpoint(options.resume_from, prefer="latest")
+            return find_checkpoint(self.store.run, prefer="latest")
+        source = None if options.resume_from is None else find_checkpoint(options.resume_from, prefer="latest")
         if self.ranks.main:
             self.store.claim()
         return source

@@ -31,6 +31,7 @@ from understudy.training.distributed import Ranks
 from understudy.training.loop import Result, train
 from understudy.training.options import TrainOptions
 from understudy.training.protocols import Batches, FeatureSource, HeldOut
+from understudy.training.rng import seed_all
 from understudy.training.runlog import RunLog
 
 REPORT_ROWS = 2000  # rows that the report at the start looks at
@@ -91,6 +92,7 @@ def run(spec: Spec, config: OfflineOptions, target: Target, ranks: Ranks, consol
     if folder is not None:
         folder.begin(config, config.seed)
     train_paths, eval_path = _paths(config, ranks)
+    seed_all(config.seed, 0)  # new weights are the same for the same seed, on every rank
     objective = spec.objective(config, target, config.init_from)
     stream = _stream(config, target, train_paths, ranks)
     facts = _introduce(config, spec, objective, stream, ranks, console if ranks.main else None)

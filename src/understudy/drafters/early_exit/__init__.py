@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from understudy.core.checkpoints import find_checkpoint
 from understudy.core.errors import UserError
 from understudy.drafters.early_exit.adapter import Adapter
 from understudy.drafters.early_exit.config import DVIConfig, ExitConfig, adapter_folder
@@ -13,8 +14,9 @@ from understudy.drafters.early_exit.drafter import ExitDrafter
 from understudy.drafters.early_exit.files import exit_layer_of, read_adapter
 from understudy.drafters.early_exit.head import DrafterHead
 from understudy.drafters.early_exit.objective import ExitObjectiveConfig, train_kangaroo
+from understudy.drafters.early_exit.saved import as_trained, find, load_shallow, read_saved
 from understudy.drafters.early_exit.shallow import ShallowLoRA
-from understudy.drafting.lora import load_lora_state_dict, read_lora
+from understudy.drafting.lora import load_lora_state_dict
 from understudy.drafting.protocols import Drafter
 from understudy.drafting.spec import Spec
 from understudy.target.probe import probe
@@ -44,6 +46,7 @@ def _with_adapter(config: ExitConfig, target: Target, name: str, path: str | Non
     if folder is None:
         _checked(config, target, name)
         return config, None
+    folder = find_checkpoint(folder)
     trained = exit_layer_of(folder)
     if trained is not None and trained != config.exit_layer:
         if "exit_layer" in config.model_fields_set:
@@ -62,6 +65,11 @@ def build_dvi(config: DVIConfig, target: Target, path: str | None) -> ExitDrafte
     weights = config.load_lora if path is None else Path(path)
     if path is not None and config.load_lora not in (None, weights):
         raise UserError(f"drafter dvi: {path} and load_lora {config.load_lora} are two checkpoints; give one")
+    saved = None
+    if weights is not None:
+        weights = find(weights)
+        saved = read_saved(weights)
+        config = as_trained(config, saved.settings, weights)
     if config.shallow_rank and config.adapter_path != "none":
         raise UserError("drafter dvi: an adapter reads the target's own states, which shallow_rank replaces; give one")
     exits, adapter = _with_adapter(config, target, "dvi", None)
@@ -74,8 +82,10 @@ def build_dvi(config: DVIConfig, target: Target, path: str | None) -> ExitDrafte
     )
     torch.random.set_rng_state(torch_state)
     drafter = ExitDrafter(target, exits, adapter, head, shallow, exits.model_copy(update={"load_lora": weights}))
-    if weights is not None:
-        load_lora_state_dict(drafter, read_lora(weights))
+    if saved is not None and weights is not None:
+        load_lora_state_dict(drafter, saved.lora)
+        if saved.shallow:
+            load_shallow(shallow, saved.shallow, weights)
     return drafter
 
 

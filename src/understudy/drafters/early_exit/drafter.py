@@ -10,14 +10,14 @@ Between exit and head stands the target's final norm, or Kangaroo's adapter; the
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from understudy.core.records import Budget, Commit, Needs, Proposal
 from understudy.drafters.early_exit.adapter import Adapter
-from understudy.drafters.early_exit.config import ExitConfig
+from understudy.drafters.early_exit.config import DVIConfig, ExitConfig
 from understudy.drafters.early_exit.head import DrafterHead
 from understudy.drafters.early_exit.shallow import ShallowLoRA
 from understudy.drafting.learning import LearnOptions, Trace
@@ -68,6 +68,16 @@ class ExitDrafter(Drafter):
             logits: Tensor = self.drafter_head(hidden.to(self.target.dtype))
             return logits
         return self.frozen_logits(hidden)
+
+    def lora_extras(self) -> dict[str, Any]:
+        """What the head's A and B were trained as, and the LoRA of the shallow layers (`saved`)."""
+        if not isinstance(self.config, DVIConfig):
+            return {}
+        names = ["exit_layer", "rank", "alpha", *(["shallow_rank", "shallow_alpha"] if self.shallow else [])]
+        extras: dict[str, Any] = {"settings": {name: getattr(self.config, name) for name in names}}
+        if self.shallow is not None:
+            extras["shallow"] = {name: p.detach().to("cpu", copy=True) for name, p in self.shallow.parts().items()}
+        return extras
 
     def frozen_logits(self, hidden: Tensor) -> Tensor:
         return self.target.head(hidden.to(self.target.dtype)).to(self.target.device)

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from understudy.core.checkpoints import find_checkpoint
 from understudy.core.errors import UserError
 from understudy.core.files import replacing
 from understudy.target.memory import memory_guard
 from understudy.target.target import Target
 from understudy.telemetry.run import RunFolder, plain, read_events
-from understudy.training.checkpoints import Checkpoints, find_checkpoint
+from understudy.training.checkpoints import Checkpoints
 from understudy.training.dvi_rl.buffer import ReplayBuffer
 from understudy.training.dvi_rl.config import DviRlConfig
 from understudy.training.dvi_rl.learner import Learner, Progress

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from understudy.core.errors import UserError
 from understudy.core.files import check_writable, replacing
 from understudy.drafting.lora import load_lora_state_dict, lora_of, lora_state_dict, read_checkpoint
+from understudy.drafting.protocols import Drafter
 from understudy.training.online.schedule import PiecewiseSchedule
 
 State = tuple[nn.Module, Optimizer, PiecewiseSchedule, float]  # model, optimizer, schedule, baseline
@@ -24,7 +25,7 @@ _TYPES: dict[str, type] = {"lora": dict, "optimizer": dict, "schedule": dict, "b
 
 
 def save_ckpt(path: str | Path, model: nn.Module, opt: Optimizer, sched: PiecewiseSchedule, ema_b: float) -> None:
-    """Write `path` atomically: `lora` (A and B by name), `optimizer`, `schedule`, `baseline`."""
+    """Write `path` atomically: `lora` (A and B by name), `optimizer`, `schedule`, `baseline`, and a drafter's extras."""
     _write(path, _encoded((model, opt, sched, ema_b)))
 
 
@@ -67,6 +68,7 @@ def _restore(
 def _encoded(state: State) -> bytes:
     model, opt, sched, baseline = state
     content = {
+        **(model.lora_extras() if isinstance(model, Drafter) else {}),
         "lora": lora_state_dict(model),
         "optimizer": opt.state_dict(),
         "schedule": sched.state_dict(),
