@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import pydantic
-import yaml
 
 from understudy.cli import spell
 from understudy.core.config import Config, names_of
 from understudy.core.errors import UserError
 from understudy.core.explain import Given, explain, show
+from understudy.core.strict_yaml import read_yaml
 
 C = TypeVar("C", bound=Config)
 
@@ -63,32 +63,9 @@ def by_field(config: type[Config], entries: Iterable[tuple[str, Given]]) -> dict
     return found
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key stands once: of two equal ones, one would be ignored."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: list[Any] = []
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' stands twice", key.start_mark)
-            seen.append(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(config: type[Config], path: Path) -> dict[str, Given]:
+def options_in(config: type[Config], path: Path) -> dict[str, Given]:
     """The options in a YAML file, by field. Keys take hyphens or underscores, and every alias."""
-    try:
-        with path.open(encoding="utf-8") as text:
-            content = yaml.load(text, _StrictLoader)
-    except OSError as error:
-        raise UserError(f"cannot read --config {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--config {path} is not a text file in UTF-8") from None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise UserError(f"{path} is not valid YAML: line {line}: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
+    content = read_yaml(path, f"--config {path}")
     if not isinstance(content, dict | None):
         raise UserError(f"{path} must hold `option: value` lines, not a {type(content).__name__}")
     known = [alias for name, field in config.model_fields.items() for alias in names_of(name, field)]
@@ -119,7 +96,7 @@ def _shape(annotation: Any, given: Given) -> Any:
 
 def resolve(config: type[C], flags: Iterable[tuple[str, Given]], file: Path | None = None) -> C:
     """The config that flags (hyphenated name, value) and a YAML file make together."""
-    given = (read_yaml(config, file) if file is not None else {}) | by_field(config, flags)
+    given = (options_in(config, file) if file is not None else {}) | by_field(config, flags)
     values = {name: _shape(config.model_fields[name].annotation, item) for name, item in given.items()}
     try:
         return config.model_validate(values)

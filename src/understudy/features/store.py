@@ -9,8 +9,6 @@ target's head makes them of `last`. `understudy.features.capture` writes such fo
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +26,7 @@ from understudy.core.errors import UserError
 from understudy.core.records import Needs
 from understudy.core.seeds import derive
 from understudy.drafting.objective import Batch, Features
+from understudy.target.fingerprint import fingerprint as weights_fingerprint
 from understudy.target.target import Target
 
 MANIFEST = "manifest.json"
@@ -64,22 +63,8 @@ def shard_name(index: int) -> str:
 
 
 def fingerprint(target: Target) -> str:
-    """16 hex digits of the target's architecture and weights: names, shapes, dtypes and some values of every parameter.
-
-    Any retraining changes it, and so does another dtype; names, paths and the attention in use do not.
-    """
-    config = {
-        key: value
-        for key, value in target.config.to_dict().items()
-        if key not in ("_name_or_path", "transformers_version", "use_cache", "dtype")
-    }
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, parameter in target.model.named_parameters():
-        values = parameter.detach().flatten()
-        places = torch.linspace(0, values.numel() - 1, min(SAMPLES, values.numel())).long().to(values.device)
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(values[places].cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    """The target's fingerprint and dtype: hidden states of another dtype are not the same."""
+    return f"{weights_fingerprint(target)}-{str(target.dtype).removeprefix('torch.')}"
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -69,6 +69,10 @@ class Target:
             self._stages[key] = Stage(self.decoder, first, end)
         return self._stages[key]
 
+    def rebuild(self) -> None:
+        """Forget all stages: modules inside the layers were replaced, and what was built before has the old ones."""
+        self._stages.clear()
+
     def norm(self, hidden: Tensor) -> Tensor:
         """The final norm: [W, D] -> [W, D]."""
         out: Tensor = self.decoder.norm(hidden)

@@ -23,7 +23,8 @@ from understudy.decoding.acceptance import measure_acceptance
 from understudy.drafting.objective import Batch, Objective
 from understudy.drafting.spec import Spec
 from understudy.features.live import LiveFeatures
-from understudy.features.store import StoredBatches, StoredFeatures, fingerprint
+from understudy.features.store import StoredBatches, StoredFeatures
+from understudy.target.fingerprint import fingerprint
 from understudy.target.target import Target
 from understudy.telemetry.run import RunFolder
 from understudy.telemetry.trackers import trackers

@@ -11,7 +11,7 @@ from understudy.core.errors import UserError
 from understudy.drafters.early_exit.adapter import Adapter
 from understudy.drafters.early_exit.config import DVIConfig, ExitConfig, adapter_folder
 from understudy.drafters.early_exit.drafter import ExitDrafter
-from understudy.drafters.early_exit.files import exit_layer_of, read_adapter
+from understudy.drafters.early_exit.files import exit_layer_of, made_for, read_adapter
 from understudy.drafters.early_exit.head import DrafterHead
 from understudy.drafters.early_exit.objective import ExitObjectiveConfig, train_kangaroo
 from understudy.drafters.early_exit.saved import as_trained, find, load_shallow, read_saved
@@ -19,6 +19,7 @@ from understudy.drafters.early_exit.shallow import ShallowLoRA
 from understudy.drafting.lora import load_lora_state_dict
 from understudy.drafting.protocols import Drafter
 from understudy.drafting.spec import Spec
+from understudy.target.fingerprint import check_made_for
 from understudy.target.probe import probe
 from understudy.target.target import Target
 
@@ -53,6 +54,7 @@ def _with_adapter(config: ExitConfig, target: Target, name: str, path: str | Non
             raise UserError(f"{folder} was trained at exit layer {trained}, not {config.exit_layer}")
         config = config.model_copy(update={"exit_layer": trained})
     _checked(config, target, name)
+    check_made_for(made_for(folder), target, f"the adapter in {folder}", config.any_target)
     return config, read_adapter(folder, target)
 
 
@@ -70,6 +72,7 @@ def build_dvi(config: DVIConfig, target: Target, path: str | None) -> ExitDrafte
         weights = find(weights)
         saved = read_saved(weights)
         config = as_trained(config, saved.settings, weights)
+        check_made_for(saved.target, target, str(weights), config.any_target)
     if config.shallow_rank and config.adapter_path != "none":
         raise UserError("drafter dvi: an adapter reads the target's own states, which shallow_rank replaces; give one")
     exits, adapter = _with_adapter(config, target, "dvi", None)

@@ -25,6 +25,9 @@ class ExitConfig(DrafterConfig):
         "auto",
         "none: the identity path, nothing is read; load: an adapter is required; auto: load one if a path is given",
     )
+    any_target: bool = option(
+        False, "take weights that were trained for another target; the output stays the target's own"
+    )
 
 
 class DVIConfig(LearnOptions, ExitConfig):

@@ -10,6 +10,7 @@ Between exit and head stands the target's final norm, or Kangaroo's adapter; the
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -24,6 +25,7 @@ from understudy.drafting.learning import LearnOptions, Trace
 from understudy.drafting.own_cache import OwnCacheSession, unsure
 from understudy.drafting.protocols import Drafter, DraftSampler, DraftSession, View
 from understudy.target.cache import KVCache
+from understudy.target.fingerprint import fingerprint
 from understudy.target.target import Target
 
 
@@ -69,12 +71,19 @@ class ExitDrafter(Drafter):
             return logits
         return self.frozen_logits(hidden)
 
+    @cached_property
+    def _made_for(self) -> str:
+        return fingerprint(self.target)
+
     def lora_extras(self) -> dict[str, Any]:
         """What the head's A and B were trained as, and the LoRA of the shallow layers (`saved`)."""
         if not isinstance(self.config, DVIConfig):
             return {}
         names = ["exit_layer", "rank", "alpha", *(["shallow_rank", "shallow_alpha"] if self.shallow else [])]
-        extras: dict[str, Any] = {"settings": {name: getattr(self.config, name) for name in names}}
+        extras: dict[str, Any] = {
+            "target": self._made_for,
+            "settings": {name: getattr(self.config, name) for name in names},
+        }
         if self.shallow is not None:
             extras["shallow"] = {name: p.detach().to("cpu", copy=True) for name, p in self.shallow.parts().items()}
         return extras

@@ -52,6 +52,17 @@ def exit_layer_of(folder: Path) -> int | None:
     return None if layer is None else int(layer)
 
 
+def made_for(folder: Path) -> str | None:
+    """The fingerprint of the target that the adapter was trained for, where `understudy.json` beside it says so."""
+    try:
+        card = json.loads((folder / "understudy.json").read_text(encoding="utf-8"))
+        return str(card["target"]["fingerprint"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"cannot read {folder / 'understudy.json'}: it is damaged, or no drafter's") from None
+
+
 def write_adapter(adapter: Adapter, folder: Path, released: bool = False) -> None:
     """Write `config.json` and the weights; with `released` also `pytorch_model.bin`, which Kangaroo's own code loads."""
     tensors = {k: v.detach().float().cpu().contiguous() for k, v in adapter.state_dict().items()}

@@ -2,6 +2,7 @@
 
 lora       the head's A and B, by their names (`drafting.lora`)
 shallow    the LoRA of the shallow layers, by peft's names; absent without one
+target     the fingerprint of the target that the head was trained for
 settings   exit_layer, rank, alpha, and with a shallow LoRA its rank and alpha: what the tensors were trained as
 """
 
@@ -26,6 +27,7 @@ class Saved(NamedTuple):
     lora: dict[str, Tensor]  # A and B of the head
     shallow: dict[str, Tensor]  # the LoRA of the shallow layers; empty = there is none
     settings: dict[str, int | float]  # fields of `DVIConfig` that the tensors were trained with; empty = unknown
+    target: str | None  # fingerprint of their target; None = unknown
 
 
 def find(path: str | Path) -> Path:
@@ -48,7 +50,8 @@ def read_saved(path: str | Path) -> Saved:
         raise UserError(f"{path}: its settings are no numbers by name")
     if not isinstance(shallow, dict) or not all(isinstance(value, Tensor) for value in shallow.values()):
         raise UserError(f"{path}: its shallow LoRA is no tensors by name")
-    return Saved(lora_of(content, path), shallow, settings)
+    made_for = content.get("target")
+    return Saved(lora_of(content, path), shallow, settings, None if made_for is None else str(made_for))
 
 
 def as_trained(config: DVIConfig, settings: Mapping[str, int | float], path: str | Path) -> DVIConfig:

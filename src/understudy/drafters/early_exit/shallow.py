@@ -42,6 +42,12 @@ class ShallowLoRA(nn.Module):
         for parameter in self.lora.values():
             parameter.data = parameter.data.float()
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The copied layers, with peft's modules in them."""
+        found: nn.ModuleList = self._stage[0].body.layers
+        return found
+
     def parts(self) -> dict[str, Tensor]:
         """The LoRA's tensors by the name of their place in the layers, as peft names them."""
         return {name.replace("/", "."): p for name, p in self.lora.items()}

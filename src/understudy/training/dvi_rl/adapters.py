@@ -99,7 +99,7 @@ class DualLoRA(nn.Module):
 
         target = self.target
         inject_adapter_in_model(self._peft_config(DEEP), target.model, adapter_name=DEEP)
-        target._stages.clear()  # they share the bare layers
+        target.rebuild()  # stages built before share the bare layers
         found = {name: p for name, p in target.model.named_parameters() if f".{DEEP}." in name}
         for parameter in found.values():
             parameter.data = parameter.data.float()
@@ -151,7 +151,7 @@ class DualLoRA(nn.Module):
         """
         from peft import get_peft_model_state_dict
 
-        module: nn.Module = self.shallow._stage[0].body.layers if name == SHALLOW else self.target.model
+        module: nn.Module = self.shallow.layers if name == SHALLOW else self.target.model
         state = get_peft_model_state_dict(module, adapter_name=name, save_embedding_layers=False)
         return {f"{self._layers_name}.{key}" if name == SHALLOW else key: tensor for key, tensor in state.items()}
 

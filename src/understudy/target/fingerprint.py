@@ -1,0 +1,36 @@
+"""Which target a drafter was made for: a fingerprint of architecture and weights that does not depend on name, path or dtype."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import torch
+
+from understudy.core.errors import UserError
+from understudy.target.target import Target
+
+SAMPLES = 64  # values of every parameter that go in
+IGNORED = ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype")
+
+
+def fingerprint(target: Target) -> str:
+    """16 hex digits. Values go in as bfloat16, so the same weights loaded in another dtype have the same fingerprint."""
+    config = {key: value for key, value in target.config.to_dict().items() if key not in IGNORED}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, parameter in target.model.named_parameters():
+        values = parameter.detach().flatten()
+        places = torch.linspace(0, values.numel() - 1, min(SAMPLES, values.numel())).long().to(values.device)
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(values[places].to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_made_for(found: object, target: Target, what: str, anyway: bool) -> None:
+    """UserError if `found`, the fingerprint that `what` was made for (None = it does not say), is another target's."""
+    if found is None or anyway or found == fingerprint(target):
+        return
+    raise UserError(
+        f"{what} was trained for another target than {target.name or 'this one'} (or before its weights changed); train it anew, or"
+        " give any_target=true to draft with it all the same"
+    )
