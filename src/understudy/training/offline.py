@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from understudy.core.checkpoints import find_checkpoint
 from understudy.core.config import option
 from understudy.core.errors import UserError
 from understudy.data.options import DataOptions, corpus_paths
@@ -42,7 +43,7 @@ VOCABULARIES = (1024, 2048, 8192, 32768)  # draft vocabularies whose coverage it
 class OfflineOptions(DataOptions, TrainOptions):
     """Options of every offline run."""
 
-    init_from: Path | None = option(None, "start from the weights of this checkpoint")
+    init_from: Path | None = option(None, "start from the weights of this checkpoint or run")
     features: Path | None = option(
         None, "folder of `understudy data capture`: its batches and hidden states are trained on"
     )
@@ -94,7 +95,8 @@ def run(spec: Spec, config: OfflineOptions, target: Target, ranks: Ranks, consol
         folder.begin(config, config.seed)
     train_paths, eval_path = _paths(config, ranks)
     seed_all(config.seed, 0)  # new weights are the same for the same seed, on every rank
-    objective = spec.objective(config, target, config.init_from)
+    start = None if config.init_from is None else find_checkpoint(config.init_from)
+    objective = spec.objective(config, target, start)
     stream = _stream(config, target, train_paths, ranks)
     facts = _introduce(config, spec, objective, stream, ranks, console if ranks.main else None)
     batches, features = _data(config, target, objective, stream, ranks)

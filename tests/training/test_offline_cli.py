@@ -1,0 +1,208 @@
+"""`understudy train kangaroo` from options to checkpoints, on a tiny target with the built-in model's tokenizer."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import tiny
+from understudy import cli
+from understudy.assets import pocket_path
+from understudy.cli import offline
+from understudy.drafters.early_exit.files import read_adapter
+from understudy.drafting.spec import build
+from understudy.target.target import Target
+from understudy.telemetry.run import read_events, read_table
+
+
+@functools.cache
+def target() -> Target:
+    model = tiny.build("Qwen3ForCausalLM", "Qwen3Config", vocab_size=4096, eos_token_id=2, max_position_embeddings=256)
+    return Target(model, AutoTokenizer.from_pretrained(pocket_path()), "tiny")
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """A dozen conversations."""
+    path = tmp_path / "rows.jsonl"
+    texts = [f"def f{i}(x):\n    return x + {i}" for i in range(12)]
+    path.write_text(
+        "".join(
+            json.dumps({"conversations": [{"from": "human", "value": f"Write f{i}."}, {"from": "gpt", "value": text}]})
+            + "\n"
+            for i, text in enumerate(texts)
+        )
+    )
+    return path
+
+
+BASE = (
+    "--max-steps",
+    "3",
+    "--batch-size",
+    "2",
+    "--max-length",
+    "64",
+    "--lr",
+    "1e-2",
+    "--log-interval",
+    "1",
+    "--device",
+    "cpu",
+)
+SMALL = ("--eval-num-prompts", "2", "--eval-max-new-tokens", "6", "--eval-interval", "3")
+
+
+def train(capsys, monkeypatch, rows: Path, *args: str, eval_data: bool = True) -> tuple[int, str, str]:
+    monkeypatch.setattr(offline, "load", lambda config: target())
+    held_out = ("--eval-data-path", str(rows)) if eval_data else ()
+    code = cli.main(["train", "kangaroo", "--train-data-path", str(rows), *held_out, *BASE, *SMALL, *args])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def run(capsys, monkeypatch, rows: Path, folder: Path, *args: str, **how: bool) -> Path:
+    code, out, err = train(capsys, monkeypatch, rows, "--output-dir", str(folder), *args, **how)
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1])["run"] == str(folder)
+    return folder
+
+
+def logged(folder: Path, key: str) -> list[float]:
+    return [row[key] for row in read_table(folder / "metrics" / "training.csv") if row.get(key) is not None]
+
+
+def test_a_run_ends_with_a_drafter_that_decodes(capsys, monkeypatch, tmp_path, rows):
+    folder = run(capsys, monkeypatch, rows, tmp_path / "run")
+    losses = logged(folder, "train/loss")
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    assert logged(folder, "measured/tau")[-1] >= 1 and logged(folder, "eval/acc_1")
+    drafter = build(f"kangaroo:{folder}", target())
+    assert drafter.adapter is not None and drafter.config.exit_layer == 2
+    card = json.loads((folder / "best" / "understudy.json").read_text())
+    assert card["drafter"] == "kangaroo" and card["taps"] == [2] and card["servable"]["vllm"] != "ok"
+    data = next(event for event in read_events(folder / "events.jsonl") if event["event"] == "data")
+    assert data["report"]["documents"] == 12 and data["trained_weights"] > 0
+    assert not (folder / "best" / "pytorch_model.bin").exists()
+
+
+def test_options_of_the_objective(capsys, monkeypatch, tmp_path, rows):
+    folder = run(
+        capsys, monkeypatch, rows, tmp_path / "run", "--exit-layer", "3", "--adapter-bin", "--loss-chunk", "7",
+        "--threshold", "0", "--draft-steps", "2",
+    )  # fmt: skip
+    assert torch.load(folder / "latest" / "pytorch_model.bin", weights_only=True).keys()
+    assert build(f"kangaroo:{folder}", target()).config.exit_layer == 3
+    other = run(
+        capsys, monkeypatch, rows, tmp_path / "other", "--exit-layer", "3", "--threshold", "1", "--draft-steps", "6"
+    )
+    # chunks do not change the loss; drafting options change what is measured
+    assert logged(folder, "train/loss") == pytest.approx(logged(other, "train/loss"), rel=1e-4)
+    assert "measured/joint_2" in read_table(folder / "metrics" / "training.csv")[0]
+    assert "measured/joint_2" not in read_table(other / "metrics" / "training.csv")[0]
+
+
+def test_a_seed_gives_the_same_run_and_a_start_is_taken_over(capsys, monkeypatch, tmp_path, rows):
+    first, second, third = (
+        run(capsys, monkeypatch, rows, tmp_path / name, "--seed", seed)
+        for name, seed in (("a", "0"), ("b", "0"), ("c", "1"))
+    )
+    assert logged(first, "train/loss") == logged(second, "train/loss") != logged(third, "train/loss")
+    warm = run(capsys, monkeypatch, rows, tmp_path / "warm", "--init-from", str(first / "latest"), "--lr", "1e-12")
+    for name, tensor in read_adapter(first / "latest", target()).state_dict().items():
+        torch.testing.assert_close(
+            read_adapter(warm / "latest", target()).state_dict()[name], tensor, atol=1e-6, rtol=0
+        )
+    by_run = run(capsys, monkeypatch, rows, tmp_path / "by_run", "--init-from", str(first))
+    assert logged(by_run, "train/loss")[0] < logged(first, "train/loss")[0]
+
+
+def test_captured_features_train_as_live_ones_do(capsys, monkeypatch, tmp_path, rows):
+    from understudy.cli import data_capture
+
+    monkeypatch.setattr(data_capture, "load", lambda config: target())
+    stored = tmp_path / "stored"
+    args = (
+        "--output",
+        str(stored),
+        "--taps",
+        "2",
+        "--train-data-path",
+        str(rows),
+        "--batch-size",
+        "2",
+        "--max-length",
+        "64",
+    )
+    assert cli.main(["data", "capture", *args]) == 0
+    folder = run(capsys, monkeypatch, rows, tmp_path / "run", "--features", str(stored))
+    assert logged(folder, "train/loss")[0] == pytest.approx(
+        logged(run(capsys, monkeypatch, rows, tmp_path / "live"), "train/loss")[0], rel=0.2
+    )
+    assert "eval/loss" not in read_table(folder / "metrics" / "training.csv")[0]
+    code, _, err = train(
+        capsys, monkeypatch, rows, "--features", str(stored), "--exit-layer", "3", "--output-dir", str(tmp_path / "x")
+    )
+    assert code == 2 and "3" in err.splitlines()[-1] and err.splitlines()[-1].startswith("error: ")
+
+
+def test_what_is_evaluated(capsys, monkeypatch, tmp_path, rows):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Write g."}\n')
+    one = run(capsys, monkeypatch, rows, tmp_path / "one", "--eval-prompts", str(prompts), "--eval-batches", "1")
+    two = run(capsys, monkeypatch, rows, tmp_path / "two", "--eval-max-new-tokens", "12")
+    assert logged(one, "measured/tokens")[-1] <= 6 < logged(two, "measured/tokens")[-1]
+    assert logged(one, "eval/loss") != logged(two, "eval/loss")
+    none = run(capsys, monkeypatch, rows, tmp_path / "none", eval_data=False)
+    assert "measured/tau" not in read_table(none / "metrics" / "training.csv")[0]
+
+
+def test_trackers_and_verbose(capsys, monkeypatch, tmp_path, rows):
+    code, _, err = train(
+        capsys, monkeypatch, rows, "--output-dir", str(tmp_path / "run"), "--report-to", "tensorboard", "--verbose"
+    )
+    assert code == 0 and "gradient norm" in err and "trainable weights" in err
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--exit-layer", "4"], "--exit-layer 4: the target has 4 layers"),
+        (["--max-length", "300"], "--max-length 300 is beyond the target's context of 256"),
+        (["--train-data-path", "missing.jsonl"], "cannot read missing.jsonl"),
+        (["--eval-prompts", "missing.jsonl"], "cannot read missing.jsonl"),
+        (["--init-from", "missing"], "missing"),
+        (["--features", "missing"], "missing holds no captured features"),
+        (["--eval-max-new-tokens", "250"], "no prompt of .* leaves room for 250 new tokens"),
+        (["--num-epochs", "0"], "--num-epochs must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, monkeypatch, tmp_path, rows, args, message):
+    import re
+
+    code, _, err = train(capsys, monkeypatch, rows, "--output-dir", str(tmp_path / "run"), *args)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(lines) == 1 and re.search(message, lines[0]), err
+    assert "Traceback" not in err
+
+
+def test_a_folder_with_a_run_is_not_mixed(capsys, monkeypatch, tmp_path, rows):
+    folder = run(capsys, monkeypatch, rows, tmp_path / "run")
+    code, _, err = train(capsys, monkeypatch, rows, "--output-dir", str(folder))
+    assert code == 2 and "holds a run" in err
+    code, _, err = train(capsys, monkeypatch, rows, "--output-dir", str(folder), "--resume", "--max-steps", "5")
+    assert code == 0, err
+    assert [row["step"] for row in read_table(folder / "metrics" / "training.csv")][-1] == 5
+
+
+def test_rows_that_supervise_nothing_stop_the_run_before_it_starts(capsys, monkeypatch, tmp_path, rows):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"prompt": "a question without an answer"}\n' * 3)
+    code, _, err = train(capsys, monkeypatch, empty, "--output-dir", str(tmp_path / "run"), eval_data=False)
+    assert code == 2 and "error: " in err and "answer" in err
