@@ -59,10 +59,9 @@ OFFLINE_PASSES, OFFLINE_ROWS, OFFLINE_LR = 1, 8, 2e-3
 
 
 def drafter_of(target: Target, seed: int, online: bool, **more: Any) -> ExitDrafter:
-    options = ",".join(f"{key}={value}" for key, value in {**SETTINGS, **more, "dvi_online": online}.items())
-    drafter = build(f"dvi,{options}", target)
-    assert isinstance(drafter, ExitDrafter) and drafter.drafter_head is not None
-    torch.nn.init.kaiming_uniform_(drafter.drafter_head.proj.A, a=5**0.5, generator=torch.Generator().manual_seed(seed))
+    values = {**SETTINGS, **more, "dvi_online": online, "lora_seed": seed}
+    drafter = build("dvi," + ",".join(f"{key}={value}" for key, value in values.items()), target)
+    assert isinstance(drafter, ExitDrafter)
     return drafter
 
 

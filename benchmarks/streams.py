@@ -2,16 +2,21 @@
 
 Each prompt asks for one function by signature, place and docstring, as the built-in corpus does. Packages are dependencies of this
 project, so that everybody who runs the experiment has them; their versions are in the results.
+
+    python benchmarks/streams.py --count 200 --seed 5 --output runs/packages.jsonl     # a stream as a file, for `understudy ablate dvi`
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import json
 import random
 import sysconfig
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from understudy.core.files import write_text
 from understudy.data.conversations import Message
 from understudy.data.prompts import render
 from understudy.data.stdlib import conversations, held_out
@@ -56,3 +61,19 @@ def stream(
         if len(chosen) == count:
             return chosen
     raise SystemExit(f"only {len(chosen)} prompts of at most {LONGEST} tokens, {count} are asked for")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=200, help="prompts")
+    parser.add_argument("--seed", type=int, default=5)
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    asked = list(dict.fromkeys(packages()))
+    random.Random(arguments.seed).shuffle(asked)
+    short = [text for text in asked if len(text) < 3 * LONGEST][: arguments.count]  # a token has three characters or so
+    write_text(arguments.output, "".join(json.dumps({"prompt": text}) + "\n" for text in short))
+
+
+if __name__ == "__main__":
+    main()

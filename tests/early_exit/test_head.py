@@ -141,7 +141,12 @@ def test_rank_and_alpha_and_checkpoints_of_dvi(tmp_path):
         build(f"dvi:{tmp_path / 'final.pt'},rank=4", target)
     with pytest.raises(UserError, match="two checkpoints"):
         build(f"dvi:{tmp_path / 'final.pt'},load_lora=/other.pt", target)
-    assert torch.equal(build("dvi", target).drafter_head.proj.A, build("dvi", target).drafter_head.proj.A)
+    starts = [build(f"dvi,shallow_rank=2,lora_seed={seed}", target) for seed in (0, 0, 1)]
+    for start in (
+        [d.drafter_head.proj.A for d in starts],
+        [next(p for n, p in d.shallow.parts().items() if "lora_A" in n) for d in starts],
+    ):
+        assert torch.equal(start[0], start[1]) and not torch.equal(start[0], start[2])
 
 
 def test_a_head_that_is_no_linear_layer_is_refused():

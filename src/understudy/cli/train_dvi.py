@@ -109,7 +109,9 @@ def _drafter(config: TrainDviConfig, target: Target, **values: Any) -> ExitDraft
     from understudy.drafting.spec import build
 
     typed = draft_defaults(config, [config.drafter]) | {"rank": config.rank, "alpha": config.alpha}
-    drafter = build(config.drafter, target, **{**typed, "steps": config.train_k_spec, **values})
+    drafter = build(
+        config.drafter, target, **{**typed, "steps": config.train_k_spec, "lora_seed": config.seed, **values}
+    )
     if not isinstance(drafter, ExitDrafter) or drafter.learning is None:
         raise UserError(f"--drafter {config.drafter}: training needs a drafter whose head learns, such as dvi")
     return drafter

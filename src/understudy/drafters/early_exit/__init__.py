@@ -77,13 +77,12 @@ def build_dvi(config: DVIConfig, target: Target, path: str | None) -> ExitDrafte
         raise UserError("drafter dvi: an adapter reads the target's own states, which shallow_rank replaces; give one")
     exits, adapter = _with_adapter(config, target, "dvi", None)
     assert isinstance(exits, DVIConfig)
-    torch_state = torch.random.get_rng_state()
-    torch.manual_seed(0)  # A begins at random: the same for every run, whatever was drawn before
-    head = DrafterHead(target, exits.rank, exits.alpha)
-    shallow = (
-        ShallowLoRA(target, exits.exit_layer, exits.shallow_rank, exits.shallow_alpha) if exits.shallow_rank else None
-    )
-    torch.random.set_rng_state(torch_state)
+    head = DrafterHead(target, exits.rank, exits.alpha, torch.Generator().manual_seed(exits.lora_seed))
+    shallow = None
+    if exits.shallow_rank:
+        with torch.random.fork_rng(devices=[]):  # peft draws from the global stream
+            torch.manual_seed(exits.lora_seed)
+            shallow = ShallowLoRA(target, exits.exit_layer, exits.shallow_rank, exits.shallow_alpha)
     drafter = ExitDrafter(target, exits, adapter, head, shallow, exits.model_copy(update={"load_lora": weights}))
     if saved is not None and weights is not None:
         load_lora_state_dict(drafter, saved.lora)

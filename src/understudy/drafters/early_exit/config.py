@@ -35,6 +35,7 @@ class DVIConfig(LearnOptions, ExitConfig):
 
     rank: int = option(8, "rank r of the LoRA on the draft head", "lora-rank", ge=1)
     alpha: float = option(8.0, "alpha of that LoRA: its product is scaled by alpha / r", "lora-alpha", gt=0)
+    lora_seed: int = option(0, "seed of the LoRAs' random start", ge=0)
     shallow_rank: int = option(
         0,
         "rank of a LoRA on the shallow layers, which then run apart from the target, with a cache of their own; 0 = none",

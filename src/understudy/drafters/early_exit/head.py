@@ -8,7 +8,7 @@ untrained head drafts what the bare exit drafts. Soft-caps and logit scales of t
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from understudy.core.errors import UserError
 from understudy.drafting.lora import LoRALinear
@@ -19,14 +19,14 @@ from understudy.target.target import Target
 class DrafterHead(nn.Module):
     """States [n, D] (after the norm) -> logits [n, V]."""
 
-    def __init__(self, target: Target, r: int = 8, alpha: float = 8.0) -> None:
+    def __init__(self, target: Target, r: int = 8, alpha: float = 8.0, generator: Generator | None = None) -> None:
         super().__init__()
         own = target.model.get_output_embeddings()
         if not isinstance(own, nn.Linear):
             raise UserError(
                 f"drafter dvi: the output projection of {type(target.model).__name__} is a {type(own).__name__}, not a linear layer"
             )
-        self.proj = LoRALinear(own.weight, own.bias, r=r, alpha=alpha)
+        self.proj = LoRALinear(own.weight, own.bias, r=r, alpha=alpha, generator=generator)
         self._head = [Head(target.model, self.proj)]
 
     def forward(self, hk: Tensor) -> Tensor:
