@@ -13,7 +13,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import streams
 import torch
 
 from understudy.assets import pocket_path
-from understudy.core.files import check_writable, write_json
+from understudy.core.files import check_writable, write_json, write_text
 from understudy.core.provenance import environment
 from understudy.decoding.acceptance import perplexity
 from understudy.drafters.early_exit.drafter import ExitDrafter
@@ -217,15 +216,22 @@ def pay(target: Target, count: int, seeds: Sequence[int], output: Path) -> None:
                 "records": {"frozen": brief(frozen), "online": brief(online)},
             }
         )
-        write_json(output / "results.json", {"seeds": entries} | common(target))
-        print(json.dumps({k: v for k, v in entries[-1].items() if k != "records"}), flush=True)
+        save(output, entries, common(target))
         figures_of(output, runs, "A domain the head has not seen", {})
 
 
-def brief(records: Sequence[PromptRecord]) -> list[dict[str, Any]]:
+def save(output: Path, entries: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    """`results.json`, and `records.json` with a column per figure of every prompt."""
+    told = [{k: v for k, v in entry.items() if k != "records"} for entry in entries]
+    write_json(output / "results.json", {"seeds": told} | facts)
+    write_text(output / "records.json", json.dumps([entry["records"] for entry in entries]) + "\n")
+    print(json.dumps(told[-1]), flush=True)
+
+
+def brief(records: Sequence[PromptRecord]) -> dict[str, list[float]]:
     """Per prompt: what curves are drawn from."""
     names = ("tokens", "cycles", "opened", "accepted_1", "decode_s", "learning_s")
-    return [{k: round(v, 5) for k, v in asdict(r).items() if k in names} for r in records]
+    return {name: [round(getattr(record, name), 5) for record in records] for name in names}
 
 
 def drift(target: Target, count: int, seeds: Sequence[int], output: Path) -> None:
@@ -240,9 +246,8 @@ def drift(target: Target, count: int, seeds: Sequence[int], output: Path) -> Non
         entry: dict[str, Any] = {"seed": seed, "outputs_equal": outputs["online"] == outputs["frozen start"]}
         for label in runs:
             runs[label].append(records[label])
-            entry[label] = {
-                kind: figures(records[label][i * count : (i + 1) * count]) for i, kind in enumerate(parts)
-            } | {"records": brief(records[label])}
+            entry[label] = {kind: figures(records[label][i * count : (i + 1) * count]) for i, kind in enumerate(parts)}
+        entry["records"] = {label: brief(records[label]) for label in runs}
         texts = {kind: outputs["online"][i * count : (i + 1) * count] for i, kind in enumerate(parts)}
         entry["learner"] = learner.summary()
         entry["perplexity"] = {
@@ -253,8 +258,7 @@ def drift(target: Target, count: int, seeds: Sequence[int], output: Path) -> Non
             for kind, part in parts.items()
         }
         entries.append(entry)
-        write_json(output / "results.json", {"seeds": entries} | common(target))
-        print(json.dumps({k: v for k, v in entry.items() if k not in runs}), flush=True)
+        save(output, entries, common(target))
         figures_of(output, runs, "The text changes", {"other packages begin": float(count)})
 
 

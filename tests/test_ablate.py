@@ -58,7 +58,7 @@ if first and args.do == "nothing":
     sys.exit(0)
 rows = [f"{step},{step / 10 + float(args.gain) + int(args.seed) / 100}" for step in range(11)]
 table.write_text("\\n".join(["step,acc", *rows]) + "\\n")
-print('{"ended": "SIGTERM"}' if args.do == "stop" else "done")
+print({"stop": '{"ended": "SIGTERM"}', "reason": '{"reason": "SIGTERM"}', "full": '{"reason": "max_steps"}'}.get(args.do, "done"))
 """
 
 
@@ -368,6 +368,7 @@ def test_when_the_ablation_itself_was_killed_the_run_begins_anew(grid, run, tmp_
         ("fail", "no luck (exit code 1; "),
         ("nothing", "no metrics/acceptance.csv in "),
         ("stop", "stopped by SIGTERM before its end"),
+        ("reason", "stopped by SIGTERM before its end"),
     ],
 )
 def test_a_run_without_an_end_is_a_failure(grid, run, do, says):
@@ -377,6 +378,11 @@ def test_a_run_without_an_end_is_a_failure(grid, run, do, says):
     assert list(results["failed"]) == ["bad seed 0"]
     assert results["finished"]["good"] == [0]
     assert run(made, only=["good"])[1] == {}, "an old failure is in the report, but nothing failed now"
+
+
+def test_a_run_that_says_another_reason_is_finished(grid, run):
+    results, failed, _ = run(grid(runs={"plain": {"do": "full"}}, seeds=[0]))
+    assert not failed and results["finished"]["plain"] == [0]
 
 
 def test_a_program_that_is_not_there(grid, run):

@@ -27,13 +27,27 @@ def test_the_page_names_working_commands():
     assert len(working_commands()) >= 3
 
 
+@pytest.fixture(scope="module")
+def places(tmp_path_factory) -> dict[str, str]:
+    """What the page leaves open: a model, a file of conversations, the checkpoint of a head."""
+    from understudy.assets import pocket_path
+    from understudy.drafting.spec import build
+    from understudy.target.loading import load_target
+    from understudy.training.online import OnlineLearner
+
+    folder = tmp_path_factory.mktemp("sources")
+    rows = folder / "rows.jsonl"
+    rows.write_text('{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}\n' * 4)
+    head = build(f"dvi,dvi_online=true,save_lora_path={folder}", load_target(pocket_path()))
+    OnlineLearner(head).close()
+    return {"M": "pocket", "FILE": str(rows), "LORA": str(folder / "final.pt")}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", working_commands())
-def test_a_mapped_command_runs(command, tmp_path, capsys):
+def test_a_mapped_command_runs(command, places, tmp_path, capsys):
+    command = re.sub(r"\b(M|FILE|LORA)\b", lambda found: places[found[0]], command)
     args = shlex.split(command.replace("runs/", f"{tmp_path}/runs/"))
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}\n')
-    args = [{"M": "pocket", "FILE": str(rows)}.get(arg, arg) for arg in args]
     if args[0] == "bench" and "--num-samples" not in args:
         args += ["--num-prompts", "2"]  # how many prompts is left open by the documents
     assert cli.main(args) == 0, capsys.readouterr().err

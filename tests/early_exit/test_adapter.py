@@ -104,15 +104,20 @@ def test_a_new_adapter_drafts_what_the_bare_exit_drafts(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("chunk", [3, 512])
-def test_drafts_in_the_engine_are_those_of_the_whole_text(family, chunk):
+def test_drafts_in_the_engine_are_those_of_the_whole_text(family, chunk, again):
     """Every draft equals the argmax after the adapter over all exit states of text and drafts so far: no row of its cache is stale,
-    whether the drafts before were all accepted, partly, or not at all, and after a rewind."""
+    whether the drafts before were all accepted, partly, or not at all, after a rewind, and (`again`) after one into a prompt that was
+    prefilled and not yet decoded."""
     target, adapter = tiny.target(family), None
     adapter = random_adapter(target, std=0.15)
     drafter = ExitDrafter(target, ExitConfig(exit_layer=2, threshold=0.0, steps=3), adapter)
     sequence = DecodeSequence(target, drafter, DecodeParams(max_new_tokens=30, prefill_chunk=chunk))
     sequence.prefill(tiny.prompt())
+    if again:
+        sequence.rewind(len(tiny.prompt()) - 5)
+        sequence.prefill(tiny.prompt()[-5:])
     shapes, before = set(), list(sequence.tokens)
     for cycle in decode(sequence):
         if cycle.index:
@@ -219,7 +224,7 @@ def test_adapter_options(tmp_path):
         (f"kangaroo:{folder},exit_layer=2", "was trained at exit layer 3, not 2"),
         (f"early-exit,adapter_path={folder}", "--drafter kangaroo"),
         (f"dvi,adapter_path={folder},shallow_rank=2", "shallow_rank"),
-        (f"kangaroo:{tmp_path / 'nothing'}", "cannot read the adapter"),
+        (f"kangaroo:{tmp_path / 'nothing'}", "does not exist"),
         ("kangaroo,exit_layer=4", "leaves nothing to verify"),
     ):
         with pytest.raises(UserError, match=match):

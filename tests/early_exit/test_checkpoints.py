@@ -14,7 +14,7 @@ from understudy.drafters.early_exit.adapter import Adapter
 from understudy.drafters.early_exit.files import write_adapter
 from understudy.drafters.early_exit.saved import find
 from understudy.drafting.spec import build
-from understudy.target.fingerprint import fingerprint
+from understudy.target.fingerprint import fingerprint, places
 from understudy.target.target import Target
 from understudy.training.online import OnlineLearner
 
@@ -74,3 +74,9 @@ def test_the_fingerprint_follows_weights_and_architecture_and_not_dtype_or_name(
     with torch.no_grad():
         changed.get_decoder().norm.weight[0] += 1
     assert fingerprint(Target(changed)) != own == fingerprint(Target(copy.deepcopy(target.model)))
+
+
+def test_samples_lie_inside_large_weights():
+    for count in (1, 2, 63, 64, 65, 2**24 + 3, 131_072_000, 622_329_856):
+        found = places(count)
+        assert found[0] == 0 and found[-1] == count - 1 and found == sorted(set(found)) and len(found) == min(64, count)

@@ -85,6 +85,11 @@ class World:
             return cycle(hidden[:k], drafts.tolist(), hidden @ self.verify.T, index=index, sequence=sequence)
 
 
+def newest(buffer: DVIRingBuffer, n: int) -> Batch:
+    """The last `n` samples, the newest first, without a trace of having looked."""
+    return buffer._at((buffer.pushed - 1 - torch.arange(min(n, buffer.size))) % buffer.capacity)
+
+
 def cycle(hidden: Tensor, drafts: Sequence[int], logits: Tensor, index: int = 1, sequence: int = 0) -> Cycle:
     """Greedy verification of a chain: hidden [K, D], drafts [K], raw verifier logits [K + 1, V]."""
     choices = logits.argmax(-1).tolist()

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from online.fake import newest
 from understudy.training.online import DVIRingBuffer, DVITrainSample
 
 D, V = 6, 17
@@ -74,11 +75,33 @@ def test_ring_is_a_deque_of_what_was_judged(
             z = logits[i] if store == "full" else None
             oracle.append(DVITrainSample(hidden[i].half(), tokens[i], int(i < m), i + 1, z, idx, val, i == m))
     assert buffer.size == len(oracle) <= capacity
-    newest = [by_id(s) for s in unpacked(buffer.newest(capacity))]
-    assert all(same(a, b) for a, b in zip(newest, reversed(oracle), strict=True))
+    last = [by_id(s) for s in unpacked(newest(buffer, capacity))]
+    assert all(same(a, b) for a, b in zip(last, reversed(oracle), strict=True))
     drawn = [by_id(s) for s in unpacked(buffer.sample(capacity))]  # as many as there are: each of them once
     assert len(drawn) == len(oracle)
     assert all(any(same(a, b) for b in oracle) for a in drawn)
+
+
+STEPS = st.lists(st.tuples(st.sampled_from(["push", "sample", "take"]), st.integers(1, 7)), max_size=30)
+
+
+@settings(max_examples=60, deadline=None)
+@given(STEPS, st.integers(1, 9))
+def test_unseen_is_what_was_handed_out_by_nothing_yet(steps: list[tuple[str, int]], capacity: int) -> None:
+    buffer, held, seen, pushed = make(capacity), deque[int](maxlen=capacity), set[int](), 0
+    for what, n in steps:
+        if what == "push":
+            for _ in range(n):
+                buffer.push_topk(torch.zeros(D), 0, torch.zeros(V), 1, pushed, False)
+                held.append(pushed)
+                pushed += 1
+        else:
+            unseen = [i for i in reversed(held) if i not in seen]
+            batch = (buffer.sample if what == "sample" else buffer.take_unseen)(n)
+            got: list[int] = batch["pos"].tolist()  # type: ignore[union-attr]
+            assert what == "sample" or got == unseen[:n]
+            seen.update(got)
+        assert buffer.unseen == sum(i not in seen for i in held)
 
 
 @pytest.mark.parametrize("store", ["full", "topk"])

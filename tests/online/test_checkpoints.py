@@ -14,8 +14,9 @@ import torch
 
 from online.fake import FakeDrafter, World
 from understudy.core.errors import UserError
+from understudy.drafters.early_exit.saved import find, read_saved
 from understudy.drafting.learning import LearnOptions
-from understudy.drafting.lora import lora_state_dict, read_lora
+from understudy.drafting.lora import lora_state_dict
 from understudy.training.online import OnlineLearner, OnlineTrainer, PiecewiseSchedule, load_ckpt, save_ckpt
 
 
@@ -122,11 +123,11 @@ def test_a_learner_saves_by_updates_and_at_the_end(tmp_path: Path) -> None:
         weights.setdefault(learner.trainer.ran, lora_state_dict(drafter))
     steps = sorted(p.name for p in (tmp_path / "out").glob("step_*.pt"))
     assert len(steps) == 2 and all(len(name) == len("step_00000000.pt") for name in steps)
-    latest = read_lora(tmp_path / "out" / "latest.pt")
+    latest = read_saved(tmp_path / "out" / "latest.pt").lora
     assert all(torch.equal(latest[k], v) for k, v in weights[6].items())
     assert not (tmp_path / "out" / "final.pt").exists()
     learner.close()
-    final = read_lora(tmp_path / "out" / "final.pt")
+    final = read_saved(tmp_path / "out" / "final.pt").lora
     assert all(torch.equal(final[k], v) for k, v in lora_state_dict(drafter).items())
 
     again_drafter = world.drafter(seed=5)
@@ -139,6 +140,30 @@ def test_a_learner_saves_by_updates_and_at_the_end(tmp_path: Path) -> None:
     torch.save(final, tmp_path / "bare.pt")
     fresh = OnlineLearner(world.drafter(seed=6), options(None, load_lora=tmp_path / "bare.pt"))
     assert fresh.global_step == 0 and all(torch.equal(final[k], v) for k, v in lora_state_dict(fresh.drafter).items())
+
+
+def test_what_a_killed_run_saved_comes_before_what_an_earlier_one_left(tmp_path: Path) -> None:
+    world = World()
+
+    def run(updates: int, seed: int) -> OnlineLearner:
+        learner = OnlineLearner(world.drafter(seed=seed), options(tmp_path, save_lora_every=3))
+        while learner.trainer.ran < updates:
+            learner.on_cycle(world.cycle(learner.drafter))  # type: ignore[arg-type]
+        return learner
+
+    def same(learner: OnlineLearner) -> bool:
+        saved = read_saved(find(tmp_path)).lora
+        return all(torch.equal(saved[name], value) for name, value in lora_state_dict(learner.drafter).items())
+
+    first = run(4, seed=1)
+    first.close()
+    assert find(tmp_path).name == "final.pt" and same(first)
+    run(2, seed=2)  # killed before it saved anything: the first one's end is the last state there is
+    assert find(tmp_path).name == "final.pt" and same(first)
+    second = run(3, seed=2)  # killed
+    assert find(tmp_path).name == "latest.pt" and same(second)
+    second.close()
+    assert find(tmp_path).name == "final.pt" and same(second)
 
 
 def test_mistakes_show_before_anything_is_decoded(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tiny
+from online.fake import newest
 from understudy.core.records import Cycle, Needs
 from understudy.decoding.engine import decode
 from understudy.decoding.request import DecodeParams
@@ -47,7 +48,7 @@ class Check:
         count = min(cycle.accepted + 1, len(cycle.drafted))
         buffer = self.learner.buffer
         assert buffer is not None
-        batch = {name: None if v is None else v.flip(0) for name, v in buffer.newest(count).items()}
+        batch = {name: None if v is None else v.flip(0) for name, v in newest(buffer, count).items()}
         assert batch["token"].tolist() == cycle.drafted[:count]  # type: ignore[union-attr]
         top = batch["z_idx"].gather(1, batch["z_val"].argmax(-1, keepdim=True)).squeeze(1)  # type: ignore[union-attr]
         assert top.tolist() == cycle.rows.logits[:count].argmax(-1).tolist()

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from online.fake import World, cycle
+from online.fake import World, cycle, newest
 from understudy.core.errors import UserError
 from understudy.core.records import Needs
 from understudy.drafting.learning import LearnOptions
 from understudy.drafting.lora import lora_state_dict
 from understudy.training.online import OnlineLearner, learner_of
+from understudy.training.online.buffer import Batch
+from understudy.training.online.trainer import WATCH
 
 FAST: dict[str, Any] = {
     "dvi_online": True, "dvi_update_every": 2, "dvi_batch_size": 8, "max_online_train_ms": 0, "dvi_lr": 1e-2
@@ -42,7 +45,7 @@ def test_accepted_drafts_and_the_first_reject_become_samples(accepted: int, stor
     of.on_cycle(made)
     assert of.buffer is not None
     count = min(accepted + 1, 4)
-    batch = {name: None if v is None else v.flip(0) for name, v in of.buffer.newest(9).items()}
+    batch = {name: None if v is None else v.flip(0) for name, v in newest(of.buffer, 9).items()}
     assert batch["token"].tolist() == made.drafted[:count]  # type: ignore[union-attr]
     assert batch["reward"].tolist() == [1] * accepted + [0] * (count - accepted)  # type: ignore[union-attr]
     assert batch["is_first_reject"].tolist() == [False] * accepted + [True] * (count - accepted)  # type: ignore[union-attr]
@@ -201,17 +204,64 @@ def test_a_learner_is_made_where_options_ask_for_one() -> None:
     bare.learning = None
     assert learner_of(bare) is None
     for asked in ({"dvi_online": True}, {"dvi_debug": True}):
-        made = learner_of(world.drafter(LearnOptions(**asked)), seed=4)
+        heard: list[dict[str, float]] = []
+        made = learner_of(world.drafter(LearnOptions(**FAST | {"dvi_online": False} | asked)), 4, heard.append)
         assert made is not None and made.seed == 4
+        for _ in range(20):
+            made.on_cycle(planted(world, 2)[0])
+        assert len(heard) == made.due and bool(heard) == made.options.dvi_online
 
 
-def test_policy_figures_are_there_once_an_update_was_made_and_only_with_policy_gradient() -> None:
+@pytest.mark.parametrize("asked", [{"save_lora_path": "out"}, {"save_lora_every": 3}])
+def test_saving_what_is_not_learned_is_refused(asked: dict[str, Any], tmp_path: Path) -> None:
+    if "save_lora_path" in asked:
+        asked = {"save_lora_path": tmp_path / "out"}
+    with pytest.raises(UserError, match=r"--save-lora-(path|every): nothing is learned.*--dvi-online true"):
+        learner_of(World().drafter(LearnOptions(**asked)))
+    assert list(tmp_path.iterdir()) == []
+    shown = learner_of(World().drafter(LearnOptions(save_lora_path=tmp_path / "out", dvi_debug=True)))
+    assert shown is not None
+
+
+@pytest.mark.parametrize(("every", "held"), [(1, 2048), (1, 16), (2, 2048), (3, 24)])
+def test_the_guard_looks_at_what_no_update_has_seen(every: int, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World()
-    of, without = learner(world), learner(world, dvi_pg_lambda_max=0)
-    assert of.policy() == {}
+    of = learner(world, dvi_guard=64, dvi_update_every=every, dvi_buffer_size=held)
+    trained, looked = set[tuple[float, ...]](), list[tuple[float, ...]]()
+    update, watch = of.trainer._update, of.trainer.guard.watch
+
+    def rows(batch: Batch) -> list[tuple[float, ...]]:
+        return [tuple(row) for row in batch["hk"].tolist()]  # type: ignore[union-attr]
+
+    def updating(batch: Batch) -> dict[str, float]:
+        trained.update(rows(batch))
+        return update(batch)
+
+    def watching(probe: Batch) -> bool:
+        assert rows(probe) and not trained.intersection(rows(probe))
+        looked.extend(rows(probe))
+        return watch(probe)
+
+    monkeypatch.setattr(of.trainer, "_update", updating)
+    monkeypatch.setattr(of.trainer.guard, "watch", watching)
+    for i in range(120):
+        of.on_cycle(planted(world, i % 5)[0])
+    assert len(looked) == len(set(looked)) >= 120 / every / WATCH  # one per look and more, none twice
+    assert of.trainer.guard.verdict or len(looked) < 64
+
+
+def test_policy_figures_are_there_whenever_policy_gradient_is_and_stay_over_skips() -> None:
+    world = World()
+    of, without, shown = learner(world), learner(world, dvi_pg_lambda_max=0), learner(world, dvi_online=False)
+    assert of.policy() == {"policy_mean_advantage": None, "policy_mean_kl": None}
     for _ in range(20):
         made = planted(world, 2)[0]
-        of.on_cycle(made)
-        without.on_cycle(made)
-    assert of.policy() == {key: of.last[key] for key in ("policy_mean_advantage", "policy_mean_kl")}
-    assert without.policy() == {}
+        for one in (of, without, shown):
+            one.on_cycle(made)
+    ran = of.last
+    assert of.policy() == {key: ran[key] for key in ("policy_mean_advantage", "policy_mean_kl")}
+    assert without.policy() == shown.policy() == {}
+    of.trainer._paces[0].max_ms, of.trainer._paces[0]._pause = 5.0, 9
+    for _ in range(2):
+        of.on_cycle(planted(world, 2)[0])
+    assert of.last["skipped"] and of.policy() == {key: ran[key] for key in ("policy_mean_advantage", "policy_mean_kl")}

@@ -10,7 +10,8 @@ from torch import nn
 
 from online.fake import World
 from understudy.core.errors import UserError
-from understudy.drafting.lora import LoRALinear, load_lora_state_dict, lora_state_dict, read_lora
+from understudy.drafters.early_exit.saved import read_saved
+from understudy.drafting.lora import LoRALinear, load_lora_state_dict, lora_state_dict
 
 NAMES = ["drafter_head.proj.A", "drafter_head.proj.B"]
 
@@ -41,6 +42,19 @@ def test_a_half_precision_base_has_a_lora_in_fp32() -> None:
     torch.autograd.grad(layer(x.float()).sum(), layer.trainable_params())
     layer.to(torch.float64)  # moves what is the layer's, not what it shares
     assert weight.dtype == torch.bfloat16 and torch.equal(weight, before)
+
+
+def test_one_that_is_built_in_inference_mode_learns() -> None:
+    weight, x = torch.randn(20, 6), torch.randn(4, 6)
+    with torch.inference_mode():
+        layer = LoRALinear(weight, torch.zeros(20), r=3)
+    optimizer = torch.optim.AdamW(layer.trainable_params(), lr=0.1)
+    for _ in range(2):  # the first moves B alone, which is zero
+        optimizer.zero_grad()
+        layer(x)[:, 0].sum().backward()
+        before = [p.detach().clone() for p in layer.trainable_params()]
+        optimizer.step()
+    assert all(not torch.equal(old, p) for old, p in zip(before, layer.trainable_params(), strict=True))
 
 
 def test_only_a_and_b_are_saved_and_loaded_by_name() -> None:
@@ -83,18 +97,18 @@ class Evil:
 def test_files_that_are_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "x.pt"
     with pytest.raises(UserError, match="no LoRA checkpoint at"):
-        read_lora(path)
+        read_saved(path)
     for content in ([1, 2], {"lora": {}}, {"weight": torch.zeros(2)}, {"lora": {"a.proj.A": 3}}, {"a.proj.A": Evil()}):
         torch.save(content, path)
         with pytest.raises(UserError, match="is no LoRA checkpoint"):
-            read_lora(path)
+            read_saved(path)
     torch.save(lora_state_dict(World().drafter()), path)
-    assert sorted(read_lora(path)) == NAMES  # A and B alone are one, too
+    assert sorted(read_saved(path).lora) == NAMES  # A and B alone are one, too
     whole = path.read_bytes()
     for content in (b"", b"hello", whole[: len(whole) // 2]):
         path.write_bytes(content)
         with pytest.raises(UserError, match="is no LoRA checkpoint"):
-            read_lora(path)
+            read_saved(path)
     with pytest.raises(UserError, match="is no LoRA checkpoint"):
-        read_lora(tmp_path)
+        read_saved(tmp_path)
     assert capsys.readouterr().out == ""

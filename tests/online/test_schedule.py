@@ -7,7 +7,7 @@ import pytest
 from online.fake import World
 from understudy.core.errors import UserError
 from understudy.drafting.learning import LearnOptions
-from understudy.training.online import MODES, OnlineLearner, PiecewiseSchedule, with_mode
+from understudy.training.online import MODES, OnlineLearner, PiecewiseSchedule
 
 
 def at(schedule: PiecewiseSchedule, step: int) -> dict[str, float]:
@@ -79,7 +79,7 @@ ON = {
 @pytest.mark.parametrize("mode", list(ON))
 def test_modes_switch_losses_and_nothing_else(mode: str) -> None:
     assert list(MODES) == list(ON)
-    options = with_mode(LearnOptions(dvi_online=True, dvi_lr=0.1), mode)
+    options = LearnOptions(dvi_online=True, dvi_lr=0.1, **MODES[mode])
     for step, expected in zip((500, 1500, 5000), ON[mode], strict=True):
         assert {name for name, weight in at(of(options), step).items() if weight} == expected
     changed = {name for name, value in options if value != getattr(LearnOptions(), name)} - {"dvi_online", "dvi_lr"}

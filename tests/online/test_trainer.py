@@ -12,10 +12,11 @@ from online.fake import FakeDrafter, World
 from understudy.core.errors import UserError
 from understudy.drafting.lora import lora_state_dict
 from understudy.training.online import OnlineTrainer, PiecewiseSchedule
+from understudy.training.online import trainer as module
 from understudy.training.online.buffer import Batch
 from understudy.training.online.losses import dvi_losses
-from understudy.training.online.pace import PAUSE
-from understudy.training.online.trainer import WATCH
+from understudy.training.online.pace import PAUSE, SMALLEST
+from understudy.training.online.trainer import WATCH, Plan
 
 
 def trainer(
@@ -96,6 +97,20 @@ def test_without_any_weight_nothing_moves() -> None:
     assert all(torch.equal(before[name], now) for name, now in lora_state_dict(drafter).items())
 
 
+def test_without_any_gradient_nothing_is_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's clipping then answers with a number on the CPU, which goes into no stack with numbers of another device."""
+    world = World()
+    drafter = world.drafter()
+
+    def clip(parameters: list[Tensor], _: float) -> Tensor:
+        assert all(p.grad is not None for p in parameters)
+        return torch.tensor(0.5)
+
+    monkeypatch.setattr(module, "clip_grad_norm_", clip)
+    assert trainer(drafter, **ONLY).step(world.batch(16, drafter), 0)["grad_norm"] == 0
+    assert trainer(drafter).step(world.batch(16, drafter), 0)["grad_norm"] == 0.5
+
+
 def test_the_baseline_is_used_before_it_moves() -> None:
     world = World()
     drafter = world.drafter()
@@ -168,6 +183,43 @@ def test_the_cap_shrinks_updates_and_skips_what_cannot_fit() -> None:
     assert free.step(batch, 0)["n"] == 64
 
 
+def simulate(learner: OnlineTrainer, watching: float, ordinary: float = 2.0, due: int = 400) -> list[Plan]:
+    """The plans of due updates on a machine where one of n samples takes `watching` or `ordinary` + 0.02 n ms."""
+    plans = []
+    for _ in range(due):
+        plan = learner.plan(64, unseen=64)
+        if plan.n:
+            learner._paces[plan.watches].record(plan.n, (watching if plan.watches else ordinary) + 0.02 * plan.n)
+        plans.append(plan)
+    return plans
+
+
+def test_where_watching_does_not_fit_ordinary_updates_take_its_place() -> None:
+    learner = trainer(World().drafter(), max_ms=5.0, guard=64)
+    plans = simulate(learner, watching=6.0)
+    assert sum(plan.n > 0 for plan in plans) >= 0.9 * len(plans)
+    late = plans[100:]
+    assert {plan.n for plan in late if not plan.watches} == {64}  # what ordinary updates take is not smaller for it
+    tries = [plan.n for plan in late if plan.watches]
+    assert 0 < len(tries) <= 0.05 * len(late) and set(tries) == {SMALLEST}
+    plans = simulate(learner, watching=2.5)  # a slow spell passes
+    assert [plan.watches for plan in plans[-8:]].count(True) == 2 and all(plan.n == 64 for plan in plans[-100:])
+
+
+def test_where_not_even_an_ordinary_update_fits_nothing_watches() -> None:
+    learner = trainer(World().drafter(), max_ms=5.0, guard=64)
+    plans = simulate(learner, watching=12.0, ordinary=6.0)
+    assert sum(plan.n > 0 for plan in plans[100:]) < 0.2 * 300
+    assert sum(plan.watches for plan in plans[100:]) < 0.05 * 300
+
+
+def test_without_anything_unseen_it_watches_later() -> None:
+    learner = trainer(World().drafter(), guard=64)
+    watched = [learner.plan(64, unseen).watches for unseen in (9, 9, 9, 0, 0, 1, 9, 9, 9, 9)]
+    assert [i for i, watches in enumerate(watched) if watches] == [5, 9]
+    assert not any(trainer(World().drafter(), guard=0).plan(64, 9).watches for _ in range(8))
+
+
 def poisoned(batch: Batch) -> Batch:
     hk = batch["hk"]
     assert hk is not None
@@ -183,7 +235,7 @@ def test_what_is_not_finite_brings_the_last_good_weights_back(what: str, guard: 
     drafter = world.drafter()
     learner = trainer(drafter, guard=guard)
     for i in range(70):  # windows close well, or 64 updates pass: these weights are good
-        learner.step(world.batch(64, drafter), i)
+        learner.step(world.batch(64, drafter), i, probe=world.batch(32, drafter))
     good = {name: value.clone() for name, value in learner.guard._weights.items()}
     assert any(value.abs().max() > 0.05 for name, value in good.items() if name.endswith("B"))
     moments = learner.guard._moments

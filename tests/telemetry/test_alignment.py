@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -15,6 +16,7 @@ import torch
 import tiny
 from contract.runs import MAKERS, NEW, Listener, Maker, decoded, finish, open_run, scripted, truth_of
 from contract.scripted import Wrapped, chain
+from online.fake import World
 from understudy.cli.options import options as flags_of
 from understudy.core.config import Config
 from understudy.core.errors import UserError
@@ -293,6 +295,30 @@ def test_policy_figures_stand_in_diag_extra_while_there_are_any(tmp_path):
             "policy_mean_kl": "nan",
         }
     assert any(dump["diag_extra"]["eta"] is None for dump in found[1:])
+
+
+def test_policy_figures_that_are_not_known_yet_are_null(tmp_path):
+    unknown = {"policy_mean_advantage": None, "policy_mean_kl": None}
+    kept, found, _, _ = watched(MAKERS["ragged"], tmp_path, extra=lambda: unknown)
+    assert len(found) == len(kept) > 5
+    assert all(dump["diag_extra"].keys() == {"eta", "prefix_hist", *unknown} for dump in found)
+    assert all(dump["diag_extra"][name] is None for dump in found for name in unknown)
+    assert sum(found[-1]["diag_extra"]["prefix_hist"]) == len(kept)
+
+
+@pytest.mark.parametrize("blocks", [0, 3])
+def test_sequences_without_a_waiting_block_leave_nothing(blocks, tmp_path):
+    """A server decodes any number of sequences, and most of them after the budget is spent."""
+    params = AlignTelemetryParams(**ALL | {"telemetry_max_blocks": blocks})
+    listener = alignment(params, "run", "serve", folder=tmp_path)
+    world = World()
+    drafter = world.drafter()
+    for sequence in range(40):
+        listener.on_cycle(world.cycle(drafter, sequence=sequence))
+        assert len(listener._waiting) <= blocks and len(listener._cached) <= blocks
+    for sequence in range(40):  # nor do blocks that have been shown
+        listener.on_cycle(dataclasses.replace(world.cycle(drafter, index=2, sequence=sequence), stopped=True))
+    assert not listener._waiting and not listener._cached and len(dumps(tmp_path)) == blocks
 
 
 def test_sequences_decoded_in_turn_do_not_mix(tmp_path):

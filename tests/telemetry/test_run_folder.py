@@ -96,6 +96,19 @@ def test_resuming_keeps_where_it_began_and_says_what_changed(tmp_path):
     assert resumed["environment"]["seed"] == 2
 
 
+def test_a_run_that_was_killed_before_it_said_where_it_runs_says_so_when_resumed(tmp_path):
+    run = RunFolder(tmp_path)
+    run.begin(Settings(), seed=1)
+    run.close()
+    for name in ("env.json", "events.jsonl"):
+        (tmp_path / name).unlink()
+    again = RunFolder(tmp_path, resume=True)
+    again.begin(Settings(), seed=2)
+    again.close()
+    assert json.loads((tmp_path / "env.json").read_text())["seed"] == 2
+    assert [event["event"] for event in again.events()] == ["resume"]
+
+
 def test_a_torn_event_is_skipped_and_then_cut_off(tmp_path):
     run = RunFolder(tmp_path)
     run.event("one")

@@ -149,7 +149,7 @@ def test_literal_rows(tmp_path):
         "step,wall_ms,speedup,drafter_ms,verifier_ms",
         "1,10,2.4,2.5,7.5",
         "2,10,1.6,2.5,7.5",
-        "3,20,0.4,3.75,11.25",  # learning took a quarter of it
+        "3,20,0.4,3.75,11.25",  # listeners took a quarter of it
         "4,10,0.8,2.5,7.5",
     ]
 
@@ -215,12 +215,21 @@ def test_the_summary_says_the_windows_figures(tmp_path):
     feed(metrics, [timed(2, 0), timed(2, 0), timed(2, 2), timed(2, 1, ms=20, learn_ms=10)])
     metrics.close()
     assert lines == [
-        "step 4: acc@1 1.00, acc@2 0.50, block_acc 0.75, tau 2.50, 125.0 tokens/s, speedup 1.50x, learning 25.0% of the time"
+        "step 4: acc@1 1.00, acc@2 0.50, block_acc 0.75, tau 2.50, 125.0 tokens/s, speedup 1.50x, "
+        "learning and telemetry 25.0% of the time"
     ]
     ((step, figures),) = reported
     assert step == 4
     assert figures == pytest.approx(
-        {"acc@1": 1, "acc@2": 0.5, "block_acc": 0.75, "tau": 2.5, "tokens_per_s": 125, "speedup": 1.5, "learning": 0.25}
+        {
+            "acc@1": 1,
+            "acc@2": 0.5,
+            "block_acc": 0.75,
+            "tau": 2.5,
+            "tokens_per_s": 125,
+            "speedup": 1.5,
+            "listening": 0.25,
+        }
     )
 
 

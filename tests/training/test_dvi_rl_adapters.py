@@ -229,6 +229,22 @@ def test_damaged_files_are_refused_and_nothing_changes(damage, saved):
         assert all(torch.equal(tensors[key], now) for key, now in rl.weights(other, name).items())
 
 
+def test_the_random_streams_of_others_stay_as_they_were(monkeypatch):
+    """Those of every device: seeding torch seeds them all."""
+    device = {0: "as it was"}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(device))
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: device.update({0: f"seeded with {seed}"}))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda which: device[which])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, which: device.update({which: state}))
+    before, target = torch.get_rng_state(), rl.target()
+    device[0] = "as it was"
+    torch.set_rng_state(before)
+    first = rl.weights(inject_lora(target, 2, rank=2, seed=3), SHALLOW)
+    assert torch.equal(torch.get_rng_state(), before) and device == {0: "as it was"}
+    again = rl.weights(inject_lora(rl.target(), 2, rank=2, seed=3), SHALLOW)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+
+
 @pytest.mark.parametrize(
     ("layer", "message"), [(4, "exit_layer 4 leaves nothing to verify"), (0, "nothing to draft with")]
 )

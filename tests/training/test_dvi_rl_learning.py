@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -9,17 +10,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from transformers import AutoTokenizer
 
 import tiny
 from training import rl
+from understudy.assets import pocket_path
 from understudy.core.errors import UserError
+from understudy.target.target import Target
 from understudy.training.dvi_rl import inject_lora
 from understudy.training.dvi_rl.adapters import DEEP, SHALLOW
 from understudy.training.dvi_rl.buffer import Record, ReplayBuffer, Rollout
 from understudy.training.dvi_rl.config import DviRlConfig
-from understudy.training.dvi_rl.learner import MAX_BAD_STEPS, Learner
+from understudy.training.dvi_rl.learner import Learner
 from understudy.training.dvi_rl.rollout import Prompts, Sample, collect
 from understudy.training.dvi_rl.update import fast_step, observed_text, policy, slow_step
+from understudy.training.rollouts.trainer import BAD_STEPS
 
 E, K, TOKENS = 2, 3, 14
 PROMPT = tiny.prompt(9, seed=1)
@@ -302,11 +307,45 @@ def test_a_loss_that_is_no_number_moves_nothing_and_ends_the_run_when_it_stays()
     rollout = collect(learner.adapters.target, learner.drafter, Sample(0, PROMPT, []), 10)
     before = rl.weights(learner.adapters, SHALLOW)
     learner.progress.baseline = math.nan
-    for _ in range(MAX_BAD_STEPS - 1):
+    for _ in range(BAD_STEPS - 1):
         assert learner.learn([rollout])["stepped"] is False
     assert all(torch.equal(before[key], now) for key, now in rl.weights(learner.adapters, SHALLOW).items())
     with pytest.raises(UserError, match="lower --lr-s"):
         learner.learn([rollout])
+
+
+def not_a_number(learner, name):
+    """From now on gradients of one adapter are no numbers."""
+    for parameter in learner.adapters.trainable(name):
+        parameter.register_hook(lambda gradient: gradient * math.nan)
+
+
+def test_a_step_that_moves_nothing_does_not_move_the_baseline():
+    learner = Learner(rl.target(), DviRlConfig(exit_layer=E, steps=K, threshold=0.0))
+    rollout = collect(learner.adapters.target, learner.drafter, Sample(0, PROMPT, []), 10)
+    line = learner.learn([rollout])
+    before = learner.progress.baseline
+    assert line["stepped"] and before != line["baseline"]
+    not_a_number(learner, SHALLOW)
+    assert not learner.learn([rollout])["stepped"]
+    assert (learner.progress.baseline, learner.progress.bad_steps) == (before, 1)
+
+
+@pytest.mark.parametrize("slow_every", [1, 2])
+def test_slow_steps_that_are_no_number_end_the_run_too(slow_every):
+    """However many steps of lora_S go well between them."""
+    learner = Learner(rl.target(), DviRlConfig(exit_layer=E, steps=K, threshold=0.0, slow_every=slow_every))
+    rollout = collect(learner.adapters.target, learner.drafter, Sample(0, PROMPT, []), 6)
+    for _ in range(slow_every):
+        learner.learn([rollout])
+    before = rl.weights(learner.adapters, DEEP)
+    not_a_number(learner, DEEP)
+    for _ in range(BAD_STEPS * slow_every - 1):
+        assert learner.learn([rollout])["stepped"]
+    with pytest.raises(UserError, match=r"loss_slow .* lower --lr-d"):
+        learner.learn([rollout])
+    assert all(torch.equal(before[key], now) for key, now in rl.weights(learner.adapters, DEEP).items())
+    assert (learner.progress.slow_steps, learner.progress.bad_slow_steps) == (1, BAD_STEPS)
 
 
 # The buffer
@@ -368,3 +407,57 @@ def test_a_target_without_a_tokenizer_is_refused(tmp_path):
     target.tokenizer = None
     with pytest.raises(UserError, match="has no tokenizer"):
         Prompts(tmp_path / "rows.jsonl", target, 10, 10)
+
+
+OPENS = (  # the prompt opens a thought that no written answer has
+    "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant\n<think>\n' }}{% endif %}"
+)
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+    "{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+def chats(path, *rows):
+    path.write_text(
+        "".join(json.dumps({"messages": [{"role": r, "content": c} for r, c in row]}) + "\n" for row in rows)
+    )
+    return path
+
+
+def templated(template=None):
+    tokenizer = AutoTokenizer.from_pretrained(pocket_path())
+    if template is not None:
+        tokenizer.chat_template = template
+    return Target(tiny.fresh_model("llama", max_position_embeddings=512), tokenizer, name="tiny")
+
+
+def test_references_are_what_the_chat_template_writes_stop_token_and_all(tmp_path):
+    target, answer = templated(), "def add(a, b):\n    return a + b"
+    asked = [("system", "Be brief."), ("assistant", "Hello."), ("user", "Write add.")]
+    path = chats(
+        tmp_path / "rows.jsonl", [*asked, ("assistant", answer), ("user", "Thanks."), ("assistant", "Bye.")], asked
+    )
+    sample, unanswered = Prompts(path, target, 400, 64)
+    whole = [{"role": role, "content": text} for role, text in [*asked, ("assistant", answer)]]
+    said = target.tokenizer(answer, add_special_tokens=False)["input_ids"]
+    assert sample.reference == [*said, target.tokenizer.eos_token_id]
+    written = target.tokenizer.apply_chat_template(whole, return_dict=True)["input_ids"]
+    assert sample.prompt + sample.reference == written[: len(sample.prompt) + len(sample.reference)]
+    assert unanswered.reference == [] and unanswered.prompt == sample.prompt
+    assert [s.reference for s in Prompts(path, target, 400, 3)] == [said[:3], []]
+
+
+def test_answers_that_the_chat_template_writes_otherwise_are_no_references(tmp_path):
+    path = chats(tmp_path / "rows.jsonl", [("user", "Write add."), ("assistant", "no")])
+    (sample,) = Prompts(path, templated(OPENS), 400, 64)
+    assert sample.prompt and sample.reference == []
+
+
+def test_a_conversation_that_the_chat_template_refuses_is_left_out(tmp_path):
+    row = [("user", "Write add."), ("assistant", "no")]
+    path = chats(tmp_path / "rows.jsonl", [("system", "Be brief."), *row], row)
+    prompts = Prompts(path, templated(NO_SYSTEM), 400, 64)
+    assert [sample.position for sample in prompts] == [1]
+    assert prompts.skipped.count == 1 and "no system message" in prompts.skipped.first[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -229,6 +230,16 @@ def test_resume_where_nothing_is_yet_begins(rows, tmp_path):
     assert trained.progress.step == 2
 
 
+def test_a_run_that_ended_before_its_first_step_goes_on(rows, tmp_path):
+    long = {"fast_batch": 500, "buffer_size": 500}
+    for prompts in (1, 2):
+        trained, _ = train(config(tmp_path / "run", rows, num_prompts=prompts, resume=prompts > 1, **long), small())
+        assert (trained.reason, trained.progress.step) == ("num_prompts", 0)
+        assert trained.checkpoint.name == "step_000000"
+    saved = [e for e in read_events(tmp_path / "run/events.jsonl") if e["event"] == "checkpoint"]
+    assert len(saved) == 1, "nothing was learned that is not saved"
+
+
 @pytest.mark.parametrize("change", [{"exit_layer": 2}, {"rank": 3}, {"lr_s": 1.0}, {"seed": 4}])
 def test_another_run_is_not_continued(change, rows, tmp_path):
     train(config(tmp_path / "run", rows), small())
@@ -275,12 +286,32 @@ def test_a_refused_resume_leaves_the_folder_as_it_was(rows, tmp_path):
     assert (tmp_path / "run/run.yaml").read_text() == before
 
 
+def test_without_a_folder_a_new_one_is_made(rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, learner = train(config(None, rows), small())
+    experiment(settings(None, rows), small(), lambda text: None)
+    names = sorted(place.name for place in (tmp_path / "runs").iterdir())
+    assert [re.sub(r"\d{8}-\d{6}$", "TIME", name) for name in names] == ["experiment-dvi-rl-TIME", "train-dvi-rl-TIME"]
+    assert learner.config.output_dir == Path("runs") / names[1]
+    for name in names:
+        assert f"output_dir: runs/{name}" in (tmp_path / "runs" / name / "run.yaml").read_text()
+    with pytest.raises(UserError, match="--resume needs --output-dir"):
+        train(config(None, rows, resume=True), small())
+
+
 # Experiment
 
 
 def settings(folder, rows, **more):
     return DviRlExperimentConfig(
-        **{**SMALL, "train_data_path": rows, "eval_data_path": rows, "eval_prompts": 4, "output_dir": folder, **more}
+        **{
+            **SMALL,
+            "train_data_path": rows,
+            "eval_data_path": rows,
+            "eval_num_prompts": 4,
+            "output_dir": folder,
+            **more,
+        }
     )
 
 
@@ -329,7 +360,7 @@ def test_a_resumed_experiment_keeps_its_beginning(rows, tmp_path):
 
 
 def test_an_experiment_takes_as_many_prompts_as_asked_and_needs_some(rows, tmp_path):
-    summary = experiment(settings(tmp_path / "run", rows, eval_prompts=2), small(), lambda text: None)
+    summary = experiment(settings(tmp_path / "run", rows, eval_num_prompts=2), small(), lambda text: None)
     assert summary["after"]["prompts"] == 2
     (tmp_path / "bad.jsonl").write_text("broken\n")
     for more, message in (
@@ -367,6 +398,7 @@ def test_the_train_command(saved_model, rows, tmp_path):
     )
     summary = json.loads(result.stdout.splitlines()[-1])
     assert (summary["steps"], summary["changes_the_model"]) == (2, True)
+    assert summary["run"] == str(tmp_path / "run")
     assert "lora_D is on" in result.output and "step 2  loss_rl" in result.output
     assert {t.dtype for t in tensors(tmp_path / "run").values()} == {torch.float32}
     assert TrainDviRlConfig().dtype == "bfloat16"
@@ -375,12 +407,13 @@ def test_the_train_command(saved_model, rows, tmp_path):
 
 def test_the_experiment_command(saved_model, rows, tmp_path):
     result = invoke(
-        experiment_group, "dvi-rl", "--model", saved_model, "--data", rows, "--eval-data", rows, "--eval-prompts", 2,
+        experiment_group, "dvi-rl", "--model", saved_model, "--data", rows, "--eval-data", rows, "--eval-num-prompts", 2,
         "--output-dir", tmp_path / "run", "--dtype", "float32", *FLAGS, "--slow-every", 0,
     )  # fmt: skip
     summary = json.loads(result.stdout.splitlines()[-1])
     assert result.return_value == 0
     assert summary["after"]["drafters"]["dvi-rl"]["identical"] == 1
+    assert summary["run"] == str(tmp_path / "run")
     assert "early-exit" in result.stdout and "The model is what it was" in result.stdout
     assert {p.name for p in (tmp_path / "run/results").iterdir()} == {"before.json", "after.json", "experiment.json"}
 
@@ -439,7 +472,7 @@ def test_an_output_that_differs_is_an_error_in_float32(dtype, code, monkeypatch,
     result = {"prompts": 2, "dtype": dtype, "perplexity": 3.0, "drafters": {"dvi-rl": row}}
     summary = {
         "before": result, "after": result, "training": {"changes_the_model": False}, "plain_outputs_changed": 0.0,
-        "config": {}, "env": {},
+        "config": {"output_dir": "run"}, "env": {},
     }  # fmt: skip
     monkeypatch.setattr(module, "experiment", lambda *_: summary)
     monkeypatch.setattr(experiment_dvi_rl, "load", lambda _: None)

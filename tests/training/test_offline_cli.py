@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,12 @@ import tiny
 from understudy import cli
 from understudy.assets import pocket_path
 from understudy.cli import offline
+from understudy.core.records import Needs
 from understudy.drafters.early_exit.files import read_adapter
+from understudy.drafters.early_exit.objective import ExitObjectiveConfig, train_kangaroo
 from understudy.drafting.spec import build
+from understudy.features.live import LiveFeatures
+from understudy.features.store import StoredFeatures
 from understudy.target.target import Target
 from understudy.telemetry.run import read_events, read_table
 
@@ -44,10 +49,6 @@ def rows(tmp_path: Path) -> Path:
 BASE = (
     "--max-steps",
     "3",
-    "--batch-size",
-    "2",
-    "--max-length",
-    "64",
     "--lr",
     "1e-2",
     "--log-interval",
@@ -61,7 +62,8 @@ SMALL = ("--eval-num-prompts", "2", "--eval-max-new-tokens", "6", "--eval-interv
 def train(capsys, monkeypatch, rows: Path, *args: str, eval_data: bool = True) -> tuple[int, str, str]:
     monkeypatch.setattr(offline, "load", lambda config: target())
     held_out = ("--eval-data-path", str(rows)) if eval_data else ()
-    code = cli.main(["train", "kangaroo", "--train-data-path", str(rows), *held_out, *BASE, *SMALL, *args])
+    data = () if "--features" in args else ("--train-data-path", str(rows), "--batch-size", "2", "--max-length", "64")
+    code = cli.main(["train", "kangaroo", *data, *held_out, *BASE, *SMALL, *args])
     out, err = capsys.readouterr()
     return code, out, err
 
@@ -103,8 +105,9 @@ def test_options_of_the_objective(capsys, monkeypatch, tmp_path, rows):
     )
     # chunks do not change the loss; drafting options change what is measured
     assert logged(folder, "train/loss") == pytest.approx(logged(other, "train/loss"), rel=1e-4)
-    assert "measured/joint_2" in read_table(folder / "metrics" / "training.csv")[0]
-    assert "measured/joint_2" not in read_table(other / "metrics" / "training.csv")[0]
+    columns = [read_table(run_ / "metrics" / "training.csv")[0].keys() for run_ in (folder, other)]
+    assert "measured/joint_2" in columns[0] and "measured/joint_3" not in columns[0]  # two drafts at most
+    assert "measured/joint_2" not in columns[1]  # never sure enough for a second one
 
 
 def test_a_seed_gives_the_same_run_and_a_start_is_taken_over(capsys, monkeypatch, tmp_path, rows):
@@ -136,17 +139,30 @@ def test_captured_features_train_as_live_ones_do(capsys, monkeypatch, tmp_path, 
         "2",
         "--max-length",
         "64",
+        "--eval-data-path",
+        str(rows),
     )
     assert cli.main(["data", "capture", *args]) == 0
     folder = run(capsys, monkeypatch, rows, tmp_path / "run", "--features", str(stored))
-    assert logged(folder, "train/loss")[0] == pytest.approx(
-        logged(run(capsys, monkeypatch, rows, tmp_path / "live"), "train/loss")[0], rel=0.2
-    )
-    assert "eval/loss" not in read_table(folder / "metrics" / "training.csv")[0]
-    code, _, err = train(
-        capsys, monkeypatch, rows, "--features", str(stored), "--exit-layer", "3", "--output-dir", str(tmp_path / "x")
-    )
-    assert code == 2 and "3" in err.splitlines()[-1] and err.splitlines()[-1].startswith("error: ")
+    live, kept = LiveFeatures(target(), Needs(taps=frozenset({2}), last=True)), StoredFeatures(stored)
+    objective = train_kangaroo(ExitObjectiveConfig(), target(), None)
+    losses = []
+    for index in range(len(kept)):
+        batch = kept.batch(index)
+        found, want = objective(kept(batch)), objective(live(batch))
+        torch.testing.assert_close(found.loss, want.loss, rtol=1e-5, atol=1e-4)
+        losses.append(float(found.loss.detach() / found.count))
+    # the first step of the run saw one of these batches, with the same new weights
+    assert any(logged(folder, "train/loss")[0] == pytest.approx(loss, rel=1e-4) for loss in losses)
+    assert logged(folder, "eval/loss")  # the held-out part was captured too
+    for args, message in (
+        (("--exit-layer", "3"), "lacks tap 3"),
+        (("--batch-size", "4"), "--batch-size is decided where features are captured"),
+    ):
+        code, _, err = train(
+            capsys, monkeypatch, rows, "--features", str(stored), "--output-dir", str(tmp_path / "x"), *args
+        )
+        assert code == 2 and message in err
 
 
 def test_what_is_evaluated(capsys, monkeypatch, tmp_path, rows):
@@ -196,7 +212,36 @@ def test_a_folder_with_a_run_is_not_mixed(capsys, monkeypatch, tmp_path, rows):
     assert code == 2 and "holds a run" in err
     code, _, err = train(capsys, monkeypatch, rows, "--output-dir", str(folder), "--resume", "--max-steps", "5")
     assert code == 0, err
-    assert [row["step"] for row in read_table(folder / "metrics" / "training.csv")][-1] == 5
+    steps = [
+        row["step"] for row in read_table(folder / "metrics" / "training.csv") if row.get("train/loss") is not None
+    ]
+    assert steps == [1, 2, 3, 4, 5]
+    shutil.rmtree(folder / "checkpoints" / "step_000005")  # as if it had died before: two steps are made again
+    code, _, err = train(capsys, monkeypatch, rows, "--output-dir", str(folder), "--resume", "--max-steps", "5")
+    rows_ = [
+        row["step"] for row in read_table(folder / "metrics" / "training.csv") if row.get("train/loss") is not None
+    ]
+    assert code == 0 and rows_ == [1, 2, 3, 4, 5]
+    code, _, err = train(capsys, monkeypatch, rows, "--output-dir", str(folder), "--resume", "--exit-layer", "3")
+    assert code == 2 and "its taps was [2], here it is [3]" in err
+    code, _, err = train(capsys, monkeypatch, rows, "--output-dir", str(tmp_path / "new"), "--resume")
+    assert code == 2 and "holds no run" in err
+
+
+def test_a_corrected_command_may_use_the_folder_again(capsys, monkeypatch, tmp_path, rows):
+    folder = tmp_path / "run"
+    assert train(capsys, monkeypatch, rows, "--output-dir", str(folder), "--exit-layer", "9")[0] == 2
+    assert train(capsys, monkeypatch, rows, "--output-dir", str(folder), "--eval-prompts", "missing.jsonl")[0] == 2
+    run(capsys, monkeypatch, rows, folder)
+
+
+def test_epochs_end_a_run_with_its_schedule_and_its_last_figures(capsys, monkeypatch, tmp_path, rows):
+    folder = run(
+        capsys, monkeypatch, rows, tmp_path / "run", "--num-epochs", "1", "--max-steps", "50", "--log-interval", "40"
+    )
+    table = read_table(folder / "metrics" / "training.csv")
+    assert [row["train/loss"] for row in table if row.get("train/loss") is not None]
+    assert min(row["train/lr"] for row in table if row.get("train/lr") is not None) < 1e-2
 
 
 def test_rows_that_supervise_nothing_stop_the_run_before_it_starts(capsys, monkeypatch, tmp_path, rows):

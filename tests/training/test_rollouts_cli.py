@@ -12,11 +12,13 @@ import yaml
 
 from training import words
 from understudy import cli
+from understudy.data.conversations import Skipped
 from understudy.drafters.early_exit.saved import read_saved
 from understudy.telemetry.run import read_events, read_table
+from understudy.training.rollouts.prompts import EndlessPrompts
 
 SMALL = (
-    "--exit-layer 3 --steps 2 --rollout 2 --train-k-spec 2 --max-new-tokens 8 --eval-every 0 --eval-prompts 2 --spec-k-max 1"
+    "--exit-layer 3 --steps 2 --rollout 2 --train-k-spec 2 --max-new-tokens 8 --eval-every 0 --eval-num-prompts 2 --spec-k-max 1"
     " --shallow-rank 2 --time-prompts 0 --spec-train-greedy"
 )
 
@@ -131,7 +133,7 @@ def test_evaluations(train, tmp_path):
     other = words.write_rows(tmp_path / "other.jsonl", 3)
     _, held_out, _ = train(f"--quiet-eval --steps 1 --eval-data-path {other}")
     assert held_out["first"] != quiet["first"]
-    _, more, _ = train("--steps 1 --eval-prompts 3")
+    _, more, _ = train("--steps 1 --eval-num-prompts 3")
     assert more["first"][0]["tokens"] > quiet["first"][0]["tokens"]
 
 
@@ -187,6 +189,57 @@ def test_a_run_goes_on_from_another(train):
     assert any(not torch.equal(a, lora(first)[name]) for name, a in lora(run).items())
 
 
+def test_a_run_that_goes_on_reads_on_where_the_other_stopped(train):
+    """Drawn rollouts, over more than a round of the file: prompts and random streams are those of a run that never stopped."""
+    drawn = SMALL.replace(" --spec-train-greedy", "").replace("--steps 2", "")
+    _, _, whole = train("--steps 8", drawn)
+    _, _, first = train("--steps 3", drawn)
+    _, _, second = train(f"--steps 5 --load-lora {first}", drawn)
+    expected, found = lora(whole), lora(second)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    stands = [
+        torch.load(run / "checkpoints" / "final.pt", weights_only=True)["trainer"]["prompts"] for run in (whole, second)
+    ]
+    assert stands[0] == stands[1] and stands[0]["given"] == 16
+
+
+def test_prompts_of_another_order_begin_at_their_beginning(tmp_path):
+    target, rows = words.target(), words.write_rows(tmp_path / "rows.jsonl", 9)
+
+    def prompts(path=rows, seed=0) -> EndlessPrompts:
+        return EndlessPrompts([path], target, Skipped(), seed)
+
+    one = prompts()
+    given = [next(one) for _ in range(22)]
+    assert sorted(given[:9]) == sorted(given[9:18]) and given[:9] != given[9:18], "each round has an order of its own"
+    for count in (0, 4, 9, 13, 20):
+        begun, other = prompts(), prompts()
+        for _ in range(count):
+            next(begun)
+        other.go_on(begun.state())
+        assert [next(other), next(other)] == given[count : count + 2] and other.given == count + 2
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes(rows.read_bytes())
+    other = prompts(moved)
+    other.go_on(one.state())
+    assert other.given == 22 and next(other) == next(one)
+    fewer = words.write_rows(tmp_path / "fewer.jsonl", 8)
+    for make in (lambda: prompts(seed=1), lambda: prompts(fewer)):
+        fresh, other = make(), make()
+        other.go_on(one.state())
+        assert other.given == 0 and [next(other) for _ in range(8)] == [next(fresh) for _ in range(8)]
+
+
+def test_a_round_that_goes_on_with_bad_lines_only_is_no_empty_file(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "please write a function"}\n' + "not json\n" * 5)
+    one = EndlessPrompts([rows], words.target(), Skipped())
+    text = next(one)
+    other = EndlessPrompts([rows], words.target(), Skipped())
+    other.go_on(one.state())
+    assert [next(other) for _ in range(3)] == [text] * 3 and other.given == 4
+
+
 def test_checkpoints_where_they_are_wanted(train, tmp_path):
     _, figures, run = train(f"--save-lora-path {tmp_path / 'kept'}")
     assert Path(figures["checkpoint"]) == tmp_path / "kept" / "final.pt" and not (run / "checkpoints").exists()
@@ -205,6 +258,32 @@ def test_a_signal_ends_the_run_well(train, monkeypatch):
     out, figures, run = train("--steps 50 --time-prompts 1")
     assert figures["updates"] == 1 and figures["ended"] == "SIGTERM" and figures["timing"] is None
     assert (run / "checkpoints" / "final.pt").exists() and "stopped after update 1" in out
+    events = [e["event"] for e in read_events(run / "events.jsonl")]
+    assert events == ["begin", "evaluated", "end"], "whoever is asked to stop does not begin an evaluation"
+    assert figures["last"] == figures["first"]
+
+
+def test_a_signal_in_the_last_evaluation_ends_the_run_before_it_is_timed(train, monkeypatch):
+    from understudy.training import stops
+
+    answers = iter([None] * 2)
+    monkeypatch.setattr(stops.StopRequest, "reason", property(lambda self: next(answers, "SIGTERM")))
+    _, figures, _ = train("--steps 2 --time-prompts 1")
+    assert (figures["updates"], figures["ended"], figures["timing"]) == (2, "SIGTERM", None)
+
+
+def test_what_was_learned_is_saved_before_it_is_evaluated(train, monkeypatch, tmp_path):
+    from understudy.training.rollouts import run as module
+
+    real, saved = module.evaluate, []
+
+    def evaluate(*args):
+        saved.append(bool(list(tmp_path.glob("run*/checkpoints/final.pt"))))
+        return real(*args)
+
+    monkeypatch.setattr(module, "evaluate", evaluate)
+    train()
+    assert saved == [False, True]
 
 
 def test_bad_input_is_one_line(capsys, monkeypatch, tmp_path):
@@ -218,6 +297,7 @@ def test_bad_input_is_one_line(capsys, monkeypatch, tmp_path):
     assert "--num-prompts belongs to streaming a file" in says("--num-prompts 3")
     assert "--rl-weight goes with --use-policy-grad" in says("--rl-weight 3")
     assert "--pg-baseline-ema goes with --use-policy-grad" in says("--pg-baseline-ema 0.5")
+    assert "no such option '--eval-prompts'" in says("--eval-prompts 2")
     assert "--rollout must be at least 1" in says("--rollout 0")
     assert "no drafter here has it" in says("--drafter none --exit-layer 2")
     assert "needs a drafter whose head learns" in says("--drafter early-exit --exit-layer 2")
@@ -256,7 +336,7 @@ COMMAND = """
 @pytest.mark.slow
 def test_the_documents_command_runs_as_written(capsys, tmp_path):
     """On the built-in model and corpus, with fewer updates and fewer prompts to look at."""
-    text = COMMAND.replace("runs/", f"{tmp_path}/runs/") + " --eval-prompts 2"
+    text = COMMAND.replace("runs/", f"{tmp_path}/runs/") + " --eval-num-prompts 2"
     text = text.replace("--steps 60", "--steps 3").replace("--time-prompts 16", "--time-prompts 2")
     assert cli.main(["train", "dvi", *shlex.split(text)]) == 0
     out = capsys.readouterr().out

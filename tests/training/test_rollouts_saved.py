@@ -39,11 +39,9 @@ def test_a_run_that_goes_on_equals_one_that_never_stopped(target, tmp_path):
 
 
 def test_a_checkpoint_is_a_head_for_others_and_says_what_it_is(target, tmp_path):
-    from understudy.drafting.lora import read_lora
-
     drafter = words.drafter(target, 2, noise=0.1, rank=3, alpha=5.0)
     checkpoints.save(tmp_path / "final.pt", RolloutTrainer(drafter, RolloutOptions()))
-    assert read_lora(tmp_path / "final.pt").keys() == lora_state_dict(drafter).keys()
+    assert read_saved(tmp_path / "final.pt").lora.keys() == lora_state_dict(drafter).keys()
     found = read_saved(tmp_path / "final.pt").settings
     assert found == {"exit_layer": 3, "rank": 3, "alpha": 5.0, "shallow_rank": 2, "shallow_alpha": 16.0}
     assert find(tmp_path) == tmp_path / "final.pt"

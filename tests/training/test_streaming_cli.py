@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from training import words
-from understudy.telemetry.run import read_table
+from understudy.telemetry.run import read_events, read_table
 
 SMALL = (
     "--exit-layer 3 --train-k-spec 2 --threshold 0 --max-new-tokens 10 --time-prompts 0 --dvi-batch-size 4"
@@ -61,6 +61,7 @@ def test_how_much_of_the_file(run):
     _, few, _ = run("--num-prompts 4")
     _, rest, _ = run("--num-prompts 8 --skip-prompts 4")
     assert (few["prompts"], rest["prompts"]) == (4, 8)
+    assert (few["ended"], rest["ended"], run("--num-prompts 13")[1]["ended"]) == ("num_prompts", "num_prompts", "file")
     assert few["tokens"] + rest["tokens"] == whole["tokens"]
 
 
@@ -148,6 +149,25 @@ def test_a_signal_ends_the_stream_well(run, monkeypatch):
     monkeypatch.setattr(stops.StopRequest, "reason", property(lambda self: next(answers, "SIGTERM")))
     _, figures, folder = run()
     assert (figures["prompts"], figures["ended"]) == (3, "SIGTERM") and saved(folder)["lora"]
+
+
+def test_a_signal_before_the_first_prompt_ends_the_stream_well(run, monkeypatch):
+    from understudy.training import stops
+
+    monkeypatch.setattr(stops.StopRequest, "reason", property(lambda self: "SIGTERM"))
+    _, figures, folder = run()
+    assert (figures["prompts"], figures["tokens"], figures["ended"]) == (0, 0, "SIGTERM")
+    assert read_events(folder / "events.jsonl")[-1]["event"] == "end"
+
+
+@pytest.mark.parametrize("flag", ["stream", "data", "data-path", "train-data"])
+def test_other_names_of_the_file(flag, capsys, monkeypatch, tmp_path):
+    rows = words.write_rows(tmp_path / "rows.jsonl", 3)
+    code, out, err = words.run(
+        capsys, monkeypatch, *shlex.split(f"{SMALL} --{flag} {rows} --outdir {tmp_path / 'run'}")
+    )
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1])["prompts"] == 3
 
 
 def test_bad_input_is_one_line(capsys, monkeypatch, tmp_path):

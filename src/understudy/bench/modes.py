@@ -90,7 +90,9 @@ class EngineMode:
         self.stop = StopRule(target.eos_ids) if stop is None else stop
         self.listeners: tuple[Listener, ...] = ()  # besides the learner
         self.learner: OnlineLearner | None = None
-        self._weights = lora_state_dict(drafter) if learner_of(drafter) else None
+        options = drafter.learning
+        learns = options is not None and (options.dvi_online or options.dvi_debug)
+        self._weights = lora_state_dict(drafter) if learns else None
         self._heard: tuple[Listener, ...] = ()  # who hears measured turns: nobody before the first repeat begins
 
     def begin(self) -> None:

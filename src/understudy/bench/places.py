@@ -14,6 +14,7 @@ from understudy.core.errors import UserError
 from understudy.core.files import write_json
 
 State = Literal["new", "unfinished", "failed", "finished", "changed"]
+ENDS = ("ended", "reason")  # keys under which commands say how they ended
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,13 @@ class Place:
         return next((line for line in reversed(lines) if line), "it printed nothing")
 
     def stopped(self) -> str | None:
-        """The signal at which the command stopped early and in good order, as its last line says; None = it did not."""
+        """The signal at which the command stopped early and in good order, as its last line says (`ENDS`); None = it did not."""
         try:
-            ended = json.loads(self.last_line()).get("ended", "")
-        except (ValueError, AttributeError):
-            return None  # no JSON object: the command says nothing of how it ended
-        return ended if isinstance(ended, str) and ended.startswith("SIG") else None
+            told = json.loads(self.last_line())
+        except ValueError:
+            return None  # no JSON: the command says nothing of how it ended
+        how = [told.get(key) for key in ENDS] if isinstance(told, dict) else []
+        return next((word for word in how if isinstance(word, str) and word.startswith("SIG")), None)
 
 
 def plan(places: Sequence[Place], force: bool = False) -> list[Place]:

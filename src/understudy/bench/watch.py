@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -12,9 +12,9 @@ from understudy.bench.modes import EngineMode, Mode
 from understudy.bench.results import PLAIN, WRONG
 from understudy.core.errors import UserError
 from understudy.decoding.acceptance import plain_ms_per_token
+from understudy.drafting.spec import telemetry_of
 from understudy.target.target import Target
 from understudy.telemetry.alignment import alignment
-from understudy.telemetry.options import AlignTelemetryParams
 from understudy.telemetry.speculation import SpeculationMetrics
 
 PLAIN_PROMPTS = 4  # prompts that plain decoding is timed with, for the speed-up in the metrics file
@@ -25,11 +25,13 @@ def watched(config: BenchConfig, modes: Sequence[Mode], target: Target, prompts:
     """Give the drafters under test their listeners, and close them at the end; learners too, which saves what they learned."""
     tested = [m for m in modes if isinstance(m, EngineMode) and m.name.partition(",")[0] not in (PLAIN, WRONG)]
     made: list[Any] = []
-    if config.telemetry_debug:
-        params = AlignTelemetryParams(**{name: getattr(config, name) for name in AlignTelemetryParams.model_fields})
-        for number, mode in enumerate(tested):
-            listener = alignment(params, f"bench{number}", "timing", partial(_policy, mode))
-            assert listener is not None
+    saving = [m for m in tested if m.drafter.learning is not None and m.drafter.learning.save_lora_path is not None]
+    if len(saving) > 1:
+        raise UserError(f"--save-lora-path is for one learning drafter, here are {len(saving)}")
+    for number, mode in enumerate(tested):
+        params = telemetry_of(mode.drafter, config)
+        listener = alignment(params, f"bench{number}", "timing", partial(_policy, mode))
+        if listener is not None:
             mode.listeners += (listener,)
             made.append(listener)
     if config.metrics_out is not None:
@@ -47,5 +49,5 @@ def watched(config: BenchConfig, modes: Sequence[Mode], target: Target, prompts:
             listener.close()
 
 
-def _policy(mode: EngineMode) -> dict[str, float]:
+def _policy(mode: EngineMode) -> Mapping[str, float | None]:
     return {} if mode.learner is None else mode.learner.policy()

@@ -93,7 +93,7 @@ root = LazyGroup(
 click.version_option(__version__, prog_name="understudy", message="%(prog)s %(version)s")(root)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """What the user reads after `error:`. Errors of one option begin with the flag that was typed, as those of a Config do."""
     if isinstance(error, click.BadParameter) and error.message.startswith("must be") and error.param is not None:
         message = f"{error.param.opts[0]} {error.message}"
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = root.main(args=None if argv is None else list(argv), prog_name="understudy", standalone_mode=False)
         sys.stdout.flush()
     except (UserError, click.ClickException) as error:
-        click.echo(f"error: {_one_line(error)}", err=True)
+        click.echo(f"error: {one_line(error)}", err=True)
         return USER_ERROR
     except click.Abort:
         return INTERRUPTED

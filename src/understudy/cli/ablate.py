@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from understudy.cli import _one_line, root
+from understudy.cli import one_line, root
 from understudy.cli.options import CommaList, config_command
 from understudy.core.config import Config, option
 from understudy.core.errors import UserError
@@ -46,7 +46,7 @@ def check_commands(grid: Grid, cells: list[Cell]) -> None:
         try:
             command.make_context(grid.command, cell.argv(Path("."))[len(cell.command) :])
         except click.ClickException as error:
-            raise UserError(f"grid {grid.name}, {cell.title}: {_one_line(error)}") from None
+            raise UserError(f"grid {grid.name}, {cell.title}: {one_line(error)}") from None
 
 
 @config_command(AblateOptions)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -14,9 +13,6 @@ from understudy.cli.data_capture import capture_command
 from understudy.cli.options import config_command
 from understudy.core.config import Config, option
 from understudy.core.errors import UserError
-
-if TYPE_CHECKING:
-    from understudy.data.conversations import Conversation
 
 WIDTH = 400  # characters of a text that `peek` shows
 
@@ -63,12 +59,14 @@ def peek(file: Path, count: int, everything: bool) -> None:
     The file is streamed, and not read further than needed. The last line is JSON: conversations read, and lines skipped.
     """
     from understudy.data.conversations import Skipped, read
+    from understudy.data.pairs import first_pair
 
     skipped, total = Skipped(keep=5), 0
     conversations = read(file, skipped)
     for conversation in islice(conversations, count):
         total += 1
-        prompt, answer = _pair(conversation)
+        asked = next(message.content for message in conversation.messages if message.role == "user")
+        prompt, answer = first_pair(conversation) or (asked, None)
         click.echo(f"[{conversation.id}]\nprompt: {_cut(prompt)}\nanswer: {_cut(answer) if answer else '(none)'}\n")
     if everything:
         total += sum(1 for _ in conversations)
@@ -79,15 +77,6 @@ def peek(file: Path, count: int, everything: bool) -> None:
     if skipped.count > len(skipped.first):
         click.echo(f"skipped {skipped.count - len(skipped.first)} more")
     click.echo(json.dumps({"conversations": total, "skipped": skipped.count}))
-
-
-def _pair(conversation: Conversation) -> tuple[str, str | None]:
-    """The first user turn that has an answer, with it; else the first user turn."""
-    messages = conversation.messages
-    for asked, answered in pairwise(messages):
-        if (asked.role, answered.role) == ("user", "assistant"):
-            return asked.content, answered.content
-    return next(message.content for message in messages if message.role == "user"), None
 
 
 def _cut(text: str) -> str:

@@ -26,13 +26,14 @@ def command(config: ExperimentDviRlConfig) -> int:
     """Train with DVI-RL between two evaluations on held-out prompts: accept rate, throughput and perplexity.
 
     Beside the drafter stand plain decoding and the bare exit. Results are JSON files under results/ of the run folder; the last
-    line printed is what experiment.json holds, without options and environment.
+    line printed is the run folder and what experiment.json holds, without options and environment.
     """
     from understudy.training.dvi_rl.experiment import experiment
 
     summary = experiment(config, load(config), lambda text: click.echo(text, err=True))
     _print(summary)
-    click.echo(json.dumps({key: value for key, value in summary.items() if key not in ("config", "env")}))
+    told = {key: value for key, value in summary.items() if key not in ("config", "env")}
+    click.echo(json.dumps({"run": summary["config"]["output_dir"], **told}))
     return 1 if _differs(summary["after"]) and summary["after"]["dtype"] == "float32" else 0
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from understudy.api import Engine
     from understudy.data.prompts import Prompt
+    from understudy.drafting.protocols import Drafter
 
 
 class GenerateConfig(SamplingParams, DecodeParams, AlignTelemetryParams, DraftOptions, ModelOptions):
@@ -76,24 +77,45 @@ def command(config: GenerateConfig) -> None:
     console = Console(highlight=False)
     few = [_ids(Engine(target, drafter), config, prompt) for prompt in prompts[:PLAIN_PROMPTS]]
     if folder is not None:
-        folder.begin(config, config.seed)
-    path, notes = config.output_dir, list[str]()
+        folder.begin(_resolved(config, drafter), config.seed)
+    notes: list[str] = []  # lines that come while an answer is being printed
+    rows = []
     with watching(
-        config, target, drafter, "serve", prompts=few, folder=path, summary=notes.append, seed=config.seed
+        config, target, drafter, "serve", prompts=few, folder=config.output_dir, summary=notes.append, seed=config.seed
     ) as listeners:
         engine = Engine(target, drafter, listeners)
         if config.interactive:
-            return _converse(engine, config, console)
-        rows = []
+            _converse(engine, config, console, notes)
         for i, prompt in enumerate(prompts):
             rows.append(_answer(engine, config, console, prompt, i * config.n))
-            while notes:  # lines that came while an answer was being printed
-                console.print(notes.pop(0), style="dim", markup=False, soft_wrap=True)
-        if engine.learner is not None:
-            console.print(learned(engine.learner.summary()), style="dim", markup=False, soft_wrap=True)
+            _tell(console, notes)
+    if engine.learner is not None:
+        notes.append(learned(engine.learner.summary()))
+    _tell(console, notes)
+    if folder is not None:
+        folder.event("end", prompts=len(rows))
+        folder.close()
     if config.output is not None:
         write_text(config.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return None
+
+
+def _tell(console: Console, notes: list[str]) -> None:
+    while notes:
+        console.print(notes.pop(0), style="dim", markup=False, soft_wrap=True)
+
+
+def _resolved(config: GenerateConfig, drafter: Drafter) -> dict[str, Any]:
+    """The settings as they turned out, the drafter's own among them."""
+    from understudy.drafting.spec import telemetry_of
+
+    own = getattr(drafter, "config", None)
+    known = own.model_dump(mode="json") if own is not None else {}
+    telemetry = telemetry_of(drafter, config).model_dump(mode="json")
+    if config.telemetry_debug and config.output_dir and telemetry["telemetry_save_dir"] is None:
+        telemetry["telemetry_save_dir"] = str(config.output_dir / "telemetry")
+    settings = config.model_dump(mode="json")
+    return settings | {name: value for name, value in known.items() if name in settings} | telemetry
 
 
 def _check(config: GenerateConfig) -> None:
@@ -179,7 +201,7 @@ def _answer(engine: Engine, config: GenerateConfig, console: Console, prompt: Pr
     }
 
 
-def _converse(engine: Engine, config: GenerateConfig, console: Console) -> None:
+def _converse(engine: Engine, config: GenerateConfig, console: Console, notes: list[str]) -> None:
     """Turns at the terminal. What the new conversation shares with the cache is not run again."""
     from understudy.cli.text import Printer, common_prefix, statistics
     from understudy.data.conversations import Message
@@ -223,4 +245,5 @@ def _converse(engine: Engine, config: GenerateConfig, console: Console) -> None:
         printer.end()
         line = f"{statistics(stats, config.drafter)}; {keep} of {len(ids)} prompt tokens reused"
         console.print(line, style="dim", markup=False, soft_wrap=True)
+        _tell(console, notes)
         messages.append(Message("assistant", engine.text(sequence.output, rule)))

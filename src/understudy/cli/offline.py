@@ -10,7 +10,8 @@ import click
 
 from understudy.cli.common import ModelOptions, load
 from understudy.cli.options import config_command
-from understudy.training.offline import OfflineOptions, run
+from understudy.training.datasets import OfflineOptions
+from understudy.training.offline import run
 
 
 def offline_command(name: str) -> click.Command:
@@ -26,9 +27,10 @@ def offline_command(name: str) -> click.Command:
     def train(config: Any) -> int:
         from understudy.training.distributed import Ranks
 
-        if config.output_dir is None:
-            config = config.model_copy(update={"output_dir": Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"})
         ranks = Ranks(config, config.device)
+        if config.output_dir is None:
+            new = ranks.of_main(Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+            config = config.model_copy(update={"output_dir": new})
         target = load(config.model_copy(update={"device": str(ranks.device)}))
         run(spec, config, target, ranks)
         ranks.close()

@@ -32,6 +32,8 @@ class StreamFileOptions(Config):
         None,
         "JSON Lines file (ShareGPT, OpenAI) whose prompts are streamed through the online learner, instead of rollouts",
         "stream",
+        "data-path",
+        "train-data",
         "data",
     )
     num_prompts: int | None = option(None, "prompts of the stream; default: all", "num-samples", ge=1)
@@ -148,11 +150,11 @@ def _rollouts(
     from understudy.data.options import DataOptions, corpus_paths
     from understudy.drafters.early_exit.saved import find, read_saved
     from understudy.drafting.spec import parse
-    from understudy.training.rollouts.prompts import endless_prompts, held_out_prompts
+    from understudy.training.rollouts.prompts import EndlessPrompts, held_out_prompts
     from understudy.training.rollouts.run import RolloutRun
 
     held_out = held_out_prompts(
-        config.eval_data_path or prompts_path(), target, max(config.eval_prompts, config.time_prompts)
+        config.eval_data_path or prompts_path(), target, max(config.eval_num_prompts, config.time_prompts)
     )
     _, path, text = parse(config.drafter)
     start = config.load_lora or (find(path) if path else None)
@@ -167,10 +169,10 @@ def _rollouts(
     told = _begin(config, drafter, folder, checkpoints)
     paths = [config.rollout_data_path] if config.rollout_data_path else corpus_paths(DataOptions(), folder.path)[0]
     skipped = Skipped()
-    prompts = endless_prompts(paths, target, skipped, config.seed)
+    prompts = EndlessPrompts(paths, target, skipped, config.seed)
     try:
         run = RolloutRun(target, drafter, config, folder, told, checkpoints, config.save_lora_every, start)
-        figures = run.run(prompts, held_out[: config.eval_prompts], held_out[: config.time_prompts], stop)
+        figures = run.run(prompts, held_out[: config.eval_num_prompts], held_out[: config.time_prompts], stop)
     finally:
         told.close()
     return figures | {"checkpoint": str(checkpoints / "final.pt"), "skipped": skipped.count}

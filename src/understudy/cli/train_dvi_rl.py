@@ -31,5 +31,5 @@ def command(config: TrainDviRlConfig) -> None:
     """
     from understudy.training.dvi_rl.train import train
 
-    trained, _ = train(config, load(config), lambda text: click.echo(text, err=True))
-    click.echo(json.dumps(trained.summary()))
+    trained, learner = train(config, load(config), lambda text: click.echo(text, err=True))
+    click.echo(json.dumps({"run": str(learner.config.output_dir), **trained.summary()}))

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from understudy.cli.common import given
 from understudy.telemetry.options import AlignTelemetryParams
 
 if TYPE_CHECKING:
@@ -27,15 +26,16 @@ def watching(
     *,
     prompts: Sequence[list[int]] = (),
     folder: Path | None = None,
-    metrics_out: Path | None = None,
     summary: Callable[[str], None] | None = None,
     seed: int = 0,
 ) -> Iterator[tuple[Listener, ...]]:
-    """The listeners that the options ask for. `folder` gets `metrics/` and `telemetry/`, `metrics_out` one table.
+    """The listeners that the options ask for. `folder` gets `metrics/` and `telemetry/`.
 
-    `summary` gets the periodic line. `prompts`: a few, to measure plain decoding with, which the speed-up in the metrics is relative to.
+    `summary` gets telemetry's lines and the periodic one. `prompts`: a few, to time plain decoding with, which the speed-up in the
+    metrics is relative to.
     """
     from understudy.decoding.acceptance import plain_ms_per_token
+    from understudy.drafting.spec import telemetry_of
     from understudy.telemetry.alignment import alignment
     from understudy.telemetry.speculation import SpeculationMetrics
     from understudy.training.online.learner import learner_of
@@ -43,17 +43,12 @@ def watching(
     learner = learner_of(drafter, seed)
     listeners: list[Any] = [] if learner is None else [learner]
 
-    params = AlignTelemetryParams(**given(config, AlignTelemetryParams))
+    params = telemetry_of(drafter, config)
     run_id = "understudy" if folder is None else folder.resolve().name
-    align = alignment(
-        params,
-        run_id,
-        phase,
-        None if learner is None else learner.policy,
-        folder=None if folder is None else folder / "telemetry",
-    )
+    policy, where = None if learner is None else learner.policy, None if folder is None else folder / "telemetry"
+    align = alignment(params, run_id, phase, policy, summary or print, where)
     listeners += [] if align is None else [align]
-    if folder is not None or metrics_out is not None:
+    if folder is not None:
         plain = plain_ms_per_token(target, prompts, max_new_tokens=32) if prompts else None
         listeners.append(
             SpeculationMetrics(
@@ -61,7 +56,6 @@ def watching(
                 drafter.steps,
                 plain_ms_per_token=plain,
                 summary=summary,
-                metrics_out=metrics_out,
                 learns=learner is not None,
             )
         )

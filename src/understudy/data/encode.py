@@ -18,6 +18,7 @@ either, the whole of what F adds to P is the answer.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +85,7 @@ class Encoder:
             )
         self.tokenizer, self.max_length = tokenizer, max_length
         self.last_turn_only, self.preformatted = last_turn_only, preformatted
+        self.template_hash = hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest()[:16]
         # mapping characters to tokens, which the marks need, only Rust tokenizers can do
         self._marks = tokenizer.is_fast and _has_generation_block(tokenizer.get_chat_template())
         self._head = self._learn_head()

@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from understudy.core.errors import UserError
-from understudy.data.conversations import Malformed, Skipped, parse_conversation, parse_row
+from understudy.data.conversations import Conversation, Malformed, Skipped, parse_conversation, parse_row
 
 
 class Pairs(Iterator[tuple[str, str]]):
@@ -55,11 +55,18 @@ def iter_sharegpt_jsonl(path: str | Path, max_src_len: int = 2048, max_tgt_len: 
     return Pairs(Path(path), max_src_len, max_tgt_len)
 
 
+def first_pair(conversation: Conversation) -> tuple[str, str] | None:
+    """The first user turn that is answered, and its answer; None without one."""
+    for asked, answered in pairwise(conversation.messages):
+        if (asked.role, answered.role) == ("user", "assistant"):
+            return asked.content, answered.content
+    return None
+
+
 def _pair(raw: bytes) -> tuple[str, str] | None:
     """The pair of a line, None if it is blank."""
     if not raw.strip():
         return None
-    for asked, answered in pairwise(parse_conversation(parse_row(raw), "").messages):
-        if (asked.role, answered.role) == ("user", "assistant"):
-            return asked.content, answered.content
+    if pair := first_pair(parse_conversation(parse_row(raw), "")):
+        return pair
     raise Malformed("no user turn is answered")

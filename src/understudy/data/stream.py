@@ -219,6 +219,9 @@ class Stream:
             "seed": self.seed,
             "pack": self.pack,
             "shuffle": self.shuffle,
+            "last turn only": self.encoder.last_turn_only,
+            "preformatted": self.encoder.preformatted,
+            "chat template": self.encoder.template_hash,
         }
 
     def _packer(self) -> Packer[Document]:

@@ -143,8 +143,11 @@ class DecodeSequence:
 
     def rewind(self, tokens: int) -> None:
         """Go back to the first `tokens` tokens of the text, in the target and in the drafter. The turn is open again."""
-        if self.pending is not None:
-            self.target.length = self.pending.start + self.pending.width
+        if (rows := self.pending) is not None:  # run, but not yet committed: the drafter has to see them to keep them
+            self.pending = None
+            self.target.length = rows.start + rows.width
+            with torch.inference_mode():
+                self.draft.observe(Commit(rows, range(rows.width), self.tokens[-1], False))
         self.target.rewind(tokens)
         self.draft.rewind(tokens)
         self.prompt, self.finished, self.pending = min(self.prompt, tokens), None, None

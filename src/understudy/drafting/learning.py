@@ -61,6 +61,12 @@ class LearnOptions(Config):
         ge=0,
     )
     load_lora: Path | None = option(None, "checkpoint (.pt) of the head's LoRA to start from")
-    save_lora_every: int = option(0, "updates between checkpoints; 0 = only at the end", ge=0)
-    save_lora_path: Path | None = option(None, "folder for checkpoints; none = nothing is saved")
+    save_lora_every: int = option(
+        0,
+        "updates between checkpoints (step_########.pt and latest.pt); 0 = only final.pt at the end, so a killed run leaves nothing",
+        ge=0,
+    )
+    save_lora_path: Path | None = option(
+        None, "folder for checkpoints of what is learned (needs --dvi-online true); none = nothing is saved"
+    )
     dvi_debug: bool = option(False, "print count and bytes of the captured states of every block")

@@ -36,10 +36,12 @@ class LoRALinear(nn.Module):
         self.base.weight = nn.Parameter(weight.detach(), requires_grad=False)
         if bias is not None:
             self.base.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        start = torch.empty(r, width)
-        nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
-        self.A = nn.Parameter(start.to(weight.device))  # [r, D] fp32
-        self.B = nn.Parameter(torch.zeros(out, r, device=weight.device))  # [V, r] fp32
+        # Whoever builds it may do so in inference mode, but a tensor that is made there can never learn.
+        with torch.inference_mode(False):
+            start = torch.empty(r, width)
+            nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+            self.A = nn.Parameter(start.to(weight.device))  # [r, D] fp32
+            self.B = nn.Parameter(torch.zeros(out, r, device=weight.device))  # [V, r] fp32
         self.scale = alpha / r
 
     def frozen(self, x: Tensor) -> Tensor:
@@ -106,13 +108,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def read_lora(path: str | Path) -> dict[str, Tensor]:
-    """The A and B of a checkpoint: of a learner's (under `lora`), or of a file that holds nothing else. UserError as above."""
-    return lora_of(read_checkpoint(path), path)
-
-
 def lora_of(content: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
-    """The A and B in what `read_checkpoint` read from `path`."""
+    """The A and B in what `read_checkpoint` read from `path`: under `lora`, or all that it holds. UserError if it is neither."""
     lora = content.get("lora", content)
     if not (
         isinstance(lora, Mapping)

@@ -6,6 +6,8 @@ a session proposes, the output law stays the target's: the engine verifies every
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Protocol, Self
 
 import torch
@@ -25,9 +27,6 @@ class View(Protocol):
 
     def shallow(self, tokens: Tensor) -> Tensor:
         """Run [n] tokens through layers [0, exit) of the target, into its own cache: hidden [n, D]."""
-
-    def exit_logits(self, hidden: Tensor) -> Tensor:
-        """Logits [n, V] that the final norm and head read off hidden states [n, D]."""
 
 
 class DraftSampler(Protocol):
@@ -70,6 +69,7 @@ class Drafter(nn.Module):
     )
     needs: Needs = Needs()
     runs_model: bool = True  # drafting runs layers or a head; False = its time is overhead, not model time
+    telemetry: Mapping[str, Any] = MappingProxyType({})  # telemetry options of the drafter's text
     learning: LearnOptions | None = None  # how its head learns while it decodes; None = it has none that could
 
     def session(self, view: View) -> DraftSession:

@@ -23,12 +23,14 @@ from understudy.core.explain import Given, explain
 from understudy.drafting.objective import Objective
 from understudy.drafting.protocols import Drafter
 from understudy.target.target import Target
+from understudy.telemetry.options import AlignTelemetryParams
 
 PACKAGE = "understudy.drafters"
+TELEMETRY = set(AlignTelemetryParams.model_fields)
 
 
-class DrafterConfig(Config):
-    """Options that every drafter has."""
+class DrafterConfig(AlignTelemetryParams):
+    """Options that every drafter has. Telemetry's work inside the drafter's text too."""
 
     steps: int = option(6, "most tokens drafted in a row per cycle", "num-speculative-tokens", ge=0)
 
@@ -107,7 +109,15 @@ def configured(text: str, **defaults: Any) -> tuple[Spec, str | None, DrafterCon
 def build(text: str, target: Target, **defaults: Any) -> Drafter:
     """The drafter that `text` names, for `target`; `defaults` as in `configured`."""
     spec, path, config = configured(text, **defaults)
-    return spec.build(config, target, path)
+    drafter = spec.build(config, target, path)
+    drafter.telemetry = {name: getattr(config, name) for name in TELEMETRY & config.model_fields_set}
+    return drafter
+
+
+def telemetry_of(drafter: Drafter, config: AlignTelemetryParams) -> AlignTelemetryParams:
+    """The telemetry options of a command, and those that the drafter's own text gives, which come first."""
+    beside = {name: getattr(config, name) for name in TELEMETRY & config.model_fields_set}
+    return AlignTelemetryParams.model_validate({**beside, **drafter.telemetry})
 
 
 def spellings(config: type[Config]) -> dict[str, str]:

@@ -31,7 +31,6 @@ from understudy.target.target import Target
 
 MANIFEST = "manifest.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SAMPLES = 64  # values per parameter that the fingerprint looks at
 
 
 class Manifest(Config):
@@ -112,10 +111,11 @@ class StoredBatch(Batch):
     """A batch that knows where its features lie."""
 
     index: int
+    store: StoredFeatures
 
     def to(self, device: object) -> StoredBatch:
         plain = Batch.to(self, device)
-        return StoredBatch(plain.ids, plain.mask, plain.documents, plain.positions, self.index)
+        return StoredBatch(plain.ids, plain.mask, plain.documents, plain.positions, self.index, self.store)
 
 
 class StoredFeatures:
@@ -158,11 +158,13 @@ class StoredFeatures:
         assert 0 <= index < len(self)
         with _reading(self._shard(index)) as path:
             plain = read_batch(path, index % self.manifest.batches_per_shard)
-        return StoredBatch(plain.ids, plain.mask, plain.documents, plain.positions, index)
+        return StoredBatch(plain.ids, plain.mask, plain.documents, plain.positions, index, self)
 
     def __call__(self, batch: Batch) -> Features:
-        """Features of a stored batch, on the batch's device and in the target's dtype."""
+        """Features of a stored batch, this folder's or another's, on the batch's device and in the target's dtype."""
         assert isinstance(batch, StoredBatch), "stored features belong to stored batches: take them from StoredBatches"
+        if batch.store is not self:
+            return batch.store(batch)
         place, device = batch.index % self.manifest.batches_per_shard, str(batch.ids.device)
         dtype = DTYPES[self.manifest.target_dtype]
         with _reading(self._shard(batch.index)) as path, safe_open(path, framework="pt", device=device) as shard:

@@ -22,16 +22,6 @@ def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(q || p) = sum_v q_v (log q_v - log p_v): [..., V], [..., V] -> [...]. With p the teacher, q has to stay where p is."""
-    return forward_kl(log_q, log_p)
-
-
-def entropy(log_q: Tensor) -> Tensor:
-    """-sum_v q_v log q_v: [..., V] -> [...]."""
-    return -(log_q.exp() * log_q).sum(-1)
-
-
 def token_log_prob(logits: Tensor, tokens: Tensor) -> Tensor:
     """log softmax(logits)[token] over all of `logits`: [N, V], [N] int64 -> [N] fp32.
 

@@ -14,15 +14,28 @@ SAMPLES = 64  # values of every parameter that go in
 IGNORED = ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype")
 
 
+def places(count: int) -> list[int]:
+    """Where to look into `count` values: `SAMPLES` of them, evenly, first and last included."""
+    picked = min(SAMPLES, count)
+    return [i * (count - 1) // max(picked - 1, 1) for i in range(picked)]
+
+
 def fingerprint(target: Target) -> str:
-    """16 hex digits. Values go in as bfloat16, so the same weights loaded in another dtype have the same fingerprint."""
+    """16 hex digits. Values go in as bfloat16: the same weights have one fingerprint in float32 and in bfloat16.
+
+    In float16 they may have another, because it rounds otherwise. UserError where weights are not in memory.
+    """
     config = {key: value for key, value in target.config.to_dict().items() if key not in IGNORED}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, parameter in target.model.named_parameters():
+        if parameter.device.type == "meta":
+            raise UserError(
+                "weights that are offloaded cannot be told apart: keep them in memory to train or load a drafter"
+            )
         values = parameter.detach().flatten()
-        places = torch.linspace(0, values.numel() - 1, min(SAMPLES, values.numel())).long().to(values.device)
+        at = torch.tensor(places(values.numel()), device=values.device)
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(values[places].to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(values[at].to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -31,6 +44,6 @@ def check_made_for(found: object, target: Target, what: str, anyway: bool) -> No
     if found is None or anyway or found == fingerprint(target):
         return
     raise UserError(
-        f"{what} was trained for another target than {target.name or 'this one'} (or before its weights changed); train it anew, or"
+        f"{what} was trained for another target than {target.name or 'this one'} (other weights, or float16); train it anew, or"
         " give any_target=true to draft with it all the same"
     )

@@ -51,10 +51,6 @@ class TargetSession:
         self.ahead += tokens.shape[0]
         return hidden
 
-    def exit_logits(self, hidden: Tensor) -> Tensor:
-        """Logits [n, V] that the final norm and head read off hidden states [n, D] of any layer."""
-        return self.target.head(self.target.norm(hidden)).to(self.device)
-
     # What the engine calls
 
     def prefill(self, tokens: Sequence[int], want_logits: bool) -> Rows:

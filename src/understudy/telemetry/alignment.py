@@ -142,9 +142,9 @@ class AlignTelemetry:
     Files are `{run_id}_{phase}_step####.json` in `folder`, #### = global step: one per verify pass of this listener, from `start` + 1
     on. `phase` may be changed between turns. A block is shown once the text has gone on far enough, the last ones at `close()`.
 
-    `extra()` gives the learner's `policy_mean_advantage` and `policy_mean_kl` while policy gradient is in use, else nothing. When it
-    gives something the dump has `diag_extra`: these, `eta` = accepted / drafted of the block (null without drafts) and `prefix_hist`:
-    of all blocks so far, how many had an accepted prefix of length 0, 1, 2, ...
+    `extra()` gives the learner's `policy_mean_advantage` and `policy_mean_kl` while policy gradient is in use, None (null in the dump)
+    until there was an update; else nothing. When it gives something the dump has `diag_extra`: these, `eta` = accepted / drafted of
+    the block (null without drafts) and `prefix_hist`: of all blocks so far, how many had an accepted prefix of length 0, 1, 2, ...
     """
 
     needs = Needs()  # logits of verify passes exist whoever asks; asking would keep those of the prompt as well
@@ -181,9 +181,9 @@ class AlignTelemetry:
         self.step += 1
         self._hist += [0] * (cycle.accepted + 1 - len(self._hist))
         self._hist[cycle.accepted] += 1
-        waiting = self._waiting.setdefault(cycle.sequence, [])
-        if self.step > self._last and not waiting:
+        if self.step > self._last and cycle.sequence not in self._waiting:
             return
+        waiting = self._waiting.setdefault(cycle.sequence, [])
         assert cycle.rows.logits is not None
         # the first of the largest, as the engine chooses: torch.argmax may pick another one of equals
         verifier = cycle.rows.logits.max(dim=-1).indices.tolist()
@@ -195,7 +195,7 @@ class AlignTelemetry:
         while waiting and not waiting[0].missing:
             self._show(waiting.pop(0))
         self._cached[cycle.sequence] = cycle.rows.start + len(cycle.committed)
-        if cycle.stopped:
+        if cycle.stopped or not waiting:  # there may be any number of sequences: no entry without a waiting block
             self._settle(cycle.sequence)
 
     def close(self) -> None:
@@ -213,8 +213,7 @@ class AlignTelemetry:
         count = len(cycle.drafted)
         policy = {} if self._extra is None else dict(self._extra())
         if policy:
-            eta = cycle.accepted / count if count else None
-            policy = {"eta": eta, "prefix_hist": list(self._hist), **policy}
+            policy |= {"eta": cycle.accepted / count if count else None, "prefix_hist": list(self._hist)}
         return Block(
             step=self.step,
             phase=self.phase,
@@ -266,10 +265,9 @@ class AlignTelemetry:
     def _dump(self, block: Block, diag: dict[str, Any]) -> None:
         assert self._folder is not None
         name = f"{self.run_id}_{block.phase}_step{block.step:04d}"
-        where: dict[str, Any] = {"step": block.step, "sequence": block.sequence, "cycle": block.cycle}
-        record = {"run_id": self.run_id, "phase": block.phase, **where, "diag": diag}
-        if block.extra:
-            record["diag_extra"] = block.extra
+        where = {"step": block.step, "sequence": block.sequence, "cycle": block.cycle}
+        extra = {"diag_extra": block.extra} if block.extra else {}
+        record = {"run_id": self.run_id, "phase": block.phase, **where, "diag": diag, **extra}
         write_json(self._folder / f"{name}.json", plain(record))
         if self.params.telemetry_dump_tensors:
             lists = [key for key in ("drafted", "parents", "verifier", "onwards") if key in diag]

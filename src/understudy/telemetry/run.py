@@ -201,14 +201,16 @@ class RunFolder:
     def begin(self, config: Config | Mapping[str, Any], seed: int | None = None) -> None:
         """Write `run.yaml` and `env.json`, and the event `begin`.
 
-        When resumed, `env.json` stays that of the beginning, `run.yaml` becomes the config now in force, and the event `resume`
-        holds the present environment and every setting that changed, as [before, now].
+        When resumed, `env.json` stays that of the beginning (or, where that was killed before it wrote one, is that of now), `run.yaml`
+        becomes the config now in force, and the event `resume` holds the present environment and every setting that changed, as
+        [before, now].
         """
         now = config.model_dump(mode="json") if isinstance(config, Config) else plain(config)
         was = self.config() if self.resumed else {}
         write_text(self.path / "run.yaml", yaml.safe_dump(now, sort_keys=False, allow_unicode=True))
-        if not self.resumed:
+        if not (self.path / "env.json").exists():
             write_json(self.path / "env.json", environment(seed))
+        if not self.resumed:
             self.event("begin")
             return
         changed = {key: [was.get(key), now.get(key)] for key in {**was, **now} if was.get(key) != now.get(key)}

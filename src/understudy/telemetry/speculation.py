@@ -9,7 +9,7 @@ A block is one verify pass, so `step` counts verify passes. All shares are over 
 
 and of the block itself:
 
-    wall_ms                    the whole block, with what listeners did after it: learning costs time, too
+    wall_ms                    the whole block, with what listeners did after it: learning and telemetry cost time, too
     drafter_ms, verifier_ms    its sections draft and verify
     speedup                    committed tokens x plain milliseconds per token / wall_ms; empty when plain was not measured
 
@@ -74,7 +74,7 @@ class Window:
         return dict(zip(share_names(len(self.reached)), values, strict=True))
 
     def figures(self, plain: float | None, learns: bool) -> dict[str, float]:
-        """The shares and what the window's time gives: tau, tokens_per_s, speedup over `plain` ms per token, learning."""
+        """The shares and what the window's time gives: tau, tokens_per_s, speedup over `plain` ms per token, and listening."""
         wall, listen = sum(b.wall for b in self.blocks), sum(b.listen for b in self.blocks)
         out = {name: value for name, value in self.shares().items() if value is not None}
         out["tau"] = self.committed / len(self.blocks)
@@ -83,13 +83,17 @@ class Window:
             if plain is not None:
                 out["speedup"] = self.committed * plain / (1000 * wall)
             if learns:
-                out["learning"] = listen / wall
+                out["listening"] = listen / wall
         return out
 
 
 def describe(step: int, figures: Mapping[str, float]) -> str:
     """The figures as one line."""
-    words = {"tokens_per_s": "{:.1f} tokens/s", "speedup": "speedup {:.2f}x", "learning": "learning {:.1%} of the time"}
+    words = {
+        "tokens_per_s": "{:.1f} tokens/s",
+        "speedup": "speedup {:.2f}x",
+        "listening": "learning and telemetry {:.1%} of the time",
+    }
     parts = (words.get(name, name + " {:.2f}").format(value) for name, value in figures.items())
     return f"step {step}: {', '.join(parts)}"
 
@@ -105,7 +109,7 @@ class SpeculationMetrics:
     `max_depth`: K of acc@K, the most drafts in a row. `window`: blocks of the rolling window. `every`: blocks between summaries (0 =
     none), which go to `summary` as a line and to `report` as (step, figures), for trackers. `plain_ms_per_token`: milliseconds of
     plain decoding per token, measured by the caller. `metrics_out`: one CSV file with the columns of both tables, written anew.
-    `learns`: summaries give the share of time that listeners took, which is what learning costs with all its bookkeeping.
+    `learns`: summaries give `listening`, the share of time that listeners took: learning and telemetry together, this one included.
 
     Tables that the folder holds already go on after their last row. With `state` (of `state_dict`) they go on where it was taken:
     later rows go, the window is what it was, and `metrics_out` goes on as well.

@@ -5,12 +5,14 @@ Weights, optimizer, schedule (a function of the step), data position, counters a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from understudy.core.checkpoints import find_checkpoint
+from understudy.core.checkpoints import find_checkpoint, steps_of
+from understudy.core.errors import UserError
 from understudy.core.files import write_json
 from understudy.core.provenance import environment
 from understudy.core.seeds import derive
@@ -74,11 +76,28 @@ class Keeper:
     def _source(self) -> Path | None:
         """The checkpoint to continue. UserError if there is none, or if a new run would mix with an old one."""
         options = self.options
+        if options.resume and steps_of(self.store.folder):
+            return self._same(find_checkpoint(self.store.run, prefer="latest"))
+        if options.resume and (self.store.run / "run.yaml").exists():
+            return None  # the run began, and ended before its first checkpoint
         if options.resume:
-            return find_checkpoint(self.store.run, prefer="latest")
+            return find_checkpoint(self.store.run)  # which says what is missing
         source = None if options.resume_from is None else find_checkpoint(options.resume_from, prefer="latest")
         if self.ranks.main:
             self.store.claim()
+        return None if source is None else self._same(source)
+
+    def _same(self, source: Path) -> Path:
+        """UserError unless the checkpoint is of the same drafter, on the same taps of the same target."""
+        try:
+            card = json.loads((source / "understudy.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise UserError(f"cannot resume from {source}: its understudy.json is missing or damaged") from None
+        for key in ("drafter", "taps", "target"):
+            if key in self.card and card.get(key) != self.card[key]:
+                raise UserError(
+                    f"cannot resume from {source}: its {key} was {card.get(key)}, here it is {self.card[key]}; start a new run"
+                )
         return source
 
     def _continue(self, source: Path, state: disk.TrainerState) -> None:

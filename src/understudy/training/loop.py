@@ -101,7 +101,9 @@ class _Loop:
         reason, stream = "done", self._stream()
         while at.step < self.total and reason == "done":
             group = list(itertools.islice(stream, options.gradient_accumulation_steps))
-            if not group:
+            if not group:  # the data ended before the steps did
+                if at.step % options.log_interval:
+                    self._log_window()
                 break
             report = self._step(group)
             early = self._after(report)

@@ -5,118 +5,72 @@ What is trained is named by a `Spec`; nothing here knows a method.
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
-from understudy.core.checkpoints import find_checkpoint
-from understudy.core.config import option
+from understudy.core.checkpoints import find_checkpoint, steps_of
 from understudy.core.errors import UserError
-from understudy.data.options import DataOptions, corpus_paths
 from understudy.data.prompts import load_prompts, render
-from understudy.data.report import inspect
-from understudy.data.stream import Stream, open_stream
 from understudy.decoding.acceptance import measure_acceptance
-from understudy.drafting.objective import Batch, Objective
+from understudy.drafting.objective import Objective
 from understudy.drafting.spec import Spec
-from understudy.features.live import LiveFeatures
-from understudy.features.store import StoredBatches, StoredFeatures
 from understudy.target.fingerprint import fingerprint
 from understudy.target.target import Target
 from understudy.telemetry.run import RunFolder
-from understudy.telemetry.trackers import trackers
+from understudy.telemetry.trackers import Trackers, trackers
+from understudy.training.datasets import FIXED_BY_FEATURES, OfflineOptions, TrainingData
 from understudy.training.distributed import Ranks
+from understudy.training.figures import peak_memory
 from understudy.training.loop import Result, train
-from understudy.training.options import TrainOptions
-from understudy.training.protocols import Batches, FeatureSource, HeldOut
+from understudy.training.optimizer import total_steps
+from understudy.training.progress import clock
 from understudy.training.rng import seed_all
 from understudy.training.runlog import RunLog
 
-REPORT_ROWS = 2000  # rows that the report at the start looks at
-VOCABULARIES = (1024, 2048, 8192, 32768)  # draft vocabularies whose coverage it tells
-
-
-class OfflineOptions(DataOptions, TrainOptions):
-    """Options of every offline run."""
-
-    init_from: Path | None = option(None, "start from the weights of this checkpoint or run")
-    features: Path | None = option(
-        None, "folder of `understudy data capture`: its batches and hidden states are trained on"
-    )
-    eval_batches: int = option(8, "held-out batches for the held-out loss", ge=1)
-    eval_prompts: Path | None = option(
-        None, "JSON Lines file of prompts that acceptance is measured on; default: the held-out conversations"
-    )
-    eval_num_prompts: int = option(16, "prompts that acceptance is measured on", ge=1)
-    eval_max_new_tokens: int = option(64, "new tokens per prompt while acceptance is measured", ge=2)
-
-
-class StreamBatches:
-    """Packed rows of a corpus as the loop takes them."""
-
-    def __init__(self, stream: Stream, count: bool) -> None:
-        """`count`: how many batches an epoch has must be known; it takes one pass over the data."""
-        self.stream = stream
-        self.steps_per_epoch: int | None = stream.count() if count else None
-
-    def __iter__(self) -> Iterator[Batch]:
-        for packed in self.stream:
-            yield Batch(*packed.tensors())
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.stream.state()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.stream.load_state(state)
-
-
-class Fixed:
-    """The first few batches of held-out data, kept: the same at every evaluation."""
-
-    def __init__(self, batches: Iterator[Batch], count: int) -> None:
-        self.batches = list(itertools.islice(batches, count))
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self.batches)
-
 
 def run(spec: Spec, config: OfflineOptions, target: Target, ranks: Ranks, console: Console | None = None) -> Result:
-    """Train what `spec` names on `config`'s data; the last line on standard output is JSON. UserError before the first step."""
+    """Train what `spec` names on `config`'s data; the last line on standard output is JSON. UserError before the first step.
+
+    The run folder is begun after everything that can be wrong was looked at: a corrected command may name it again.
+    """
     assert spec.objective is not None and config.output_dir is not None
-    if config.max_length > target.context:
-        raise UserError(f"--max-length {config.max_length} is beyond the target's context of {target.context} tokens")
+    _check(config, target)
     console = console or Console(stderr=True, highlight=False)
     folder = RunFolder(config.output_dir, resume=config.resume) if ranks.main else None
-    if folder is not None:
-        folder.begin(config, config.seed)
-    train_paths, eval_path = _paths(config, ranks)
+    if folder is not None and config.resume and not folder.resumed:
+        raise UserError(f"--resume: {config.output_dir} holds no run; leave --resume out to begin one there")
     seed_all(config.seed, 0)  # new weights are the same for the same seed, on every rank
     start = None if config.init_from is None else find_checkpoint(config.init_from)
     objective = spec.objective(config, target, start)
-    stream = _stream(config, target, train_paths, ranks)
-    facts = _introduce(config, spec, objective, stream, ranks, console if ranks.main else None)
-    batches, features = _data(config, target, objective, stream, ranks)
-    prompts = _prompts(config, target, eval_path)
+    data = TrainingData(config, target, objective, ranks)
+    prompts = _prompts(config, target, data.eval_path)
+    facts = _introduce(spec, objective, data, ranks, bool(prompts), console if ranks.main else None)
 
     def measure() -> Mapping[str, float]:
         return measure_acceptance(target, objective.drafter, prompts, config.eval_max_new_tokens).figures()
 
-    log = _Nothing() if folder is None else RunLog(folder, _trackers(config))
+    log: RunLog | _Nothing = _Nothing()
+    if folder is not None:
+        at = max(steps_of(config.output_dir / "checkpoints"), default=0) if config.resume else None
+        folder.begin(config, config.seed)
+        log = RunLog(folder, _trackers(config, at or 0), at)
     log.event("data", **facts)
     try:
         result = train(
             objective,
-            batches,
-            features,
+            data.batches,
+            data.features,
             config,
             ranks=ranks,
             log=log,
             measure=measure if prompts else None,
-            held_out=_held_out(config, target, eval_path, ranks),
+            held_out=data.held_out,
             card=_card(spec, target, objective),
             console=console,
         )
@@ -128,6 +82,15 @@ def run(spec: Spec, config: OfflineOptions, target: Target, ranks: Ranks, consol
     return result
 
 
+def _check(config: OfflineOptions, target: Target) -> None:
+    if config.features is None and config.max_length > target.context:
+        raise UserError(f"--max-length {config.max_length} is beyond the target's context of {target.context} tokens")
+    if config.features is not None and (fixed := sorted(FIXED_BY_FEATURES & config.model_fields_set)):
+        raise UserError(
+            f"--{fixed[0].replace('_', '-')} is decided where features are captured: leave it out beside --features"
+        )
+
+
 class _Nothing:
     """The log of a process that has none."""
 
@@ -136,47 +99,6 @@ class _Nothing:
     def event(self, kind: str, /, **fields: Any) -> None: ...
 
     def close(self) -> None: ...
-
-
-def _paths(config: OfflineOptions, ranks: Ranks) -> tuple[list[Path], Path | None]:
-    """Where the data are; the first process writes the built-in corpus, the others then find it."""
-    assert config.output_dir is not None
-    if ranks.main:
-        corpus_paths(config, config.output_dir)
-    ranks.gather(True)
-    return corpus_paths(config, config.output_dir)
-
-
-def _stream(config: OfflineOptions, target: Target, paths: list[Path], ranks: Ranks, shuffle: bool = True) -> Stream:
-    return open_stream(
-        config,
-        paths,
-        target.tokenizer,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        shuffle=shuffle,
-        stop_ids=target.eos_ids,
-        rank=ranks.rank,
-        world_size=ranks.world,
-    )
-
-
-def _data(
-    config: OfflineOptions, target: Target, objective: Objective, stream: Stream, ranks: Ranks
-) -> tuple[Batches, FeatureSource]:
-    """Batches and the target's part of them: live, or from stored shards."""
-    if config.features is not None:
-        stored = StoredFeatures(config.features, objective.needs)
-        stored.check(target)
-        return StoredBatches(stored, config.seed, ranks.rank, ranks.world), stored
-    return StreamBatches(stream, count=config.max_steps is None), LiveFeatures(target, objective.needs)
-
-
-def _held_out(config: OfflineOptions, target: Target, path: Path | None, ranks: Ranks) -> HeldOut | None:
-    if path is None or config.features is not None:
-        return None
-    stream = _stream(config, target, [path], ranks, shuffle=False)
-    return Fixed(iter(StreamBatches(stream, count=False)), config.eval_batches)
 
 
 def _prompts(config: OfflineOptions, target: Target, eval_path: Path | None) -> list[list[int]]:
@@ -194,30 +116,50 @@ def _prompts(config: OfflineOptions, target: Target, eval_path: Path | None) -> 
 
 
 def _introduce(
-    config: OfflineOptions, spec: Spec, objective: Objective, stream: Stream, ranks: Ranks, console: Console | None
+    spec: Spec, objective: Objective, data: TrainingData, ranks: Ranks, measured: bool, console: Console | None
 ) -> dict[str, Any]:
     """Show what is about to happen, and refuse what would supervise nothing."""
-    report = inspect(stream.corpus, stream.encoder, REPORT_ROWS, VOCABULARIES)
+    config = data.config
+    report, batches = data.facts(console)
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
-    share = len(stream.corpus) / max(report.rows, 1) if report.sampled else 1.0
-    rows = (report.packed_rows(config.max_length) if config.pack else report.documents) * share
+    seconds = _seconds(objective, data, ranks)
+    steps = total_steps(config, data.batches.steps_per_epoch or batches)
     sizes = {
         "trained_weights": trained,
         "optimizer_mb": round(trained * 16 / 2**20, 1),  # fp32 weights, gradients and two moments
         "disk_mb": round(trained * 16 * (config.keep + 1) / 2**20, 1),
-        "batches_per_epoch": max(1, round(rows / (config.batch_size * ranks.world))),
+        "memory_gb": round(peak_memory(ranks.device), 2),
+        "batches_per_epoch": batches,
+        "steps": steps,
+        "hours": round(seconds * config.gradient_accumulation_steps * steps / 3600, 3),
     }
     if console is not None:
-        console.print(report)
-        console.print(
+        lines = [
             f"{spec.name}: {trained:,} weights to train; weights, gradients and optimizer take {sizes['optimizer_mb']} MB,"
-            f" checkpoints up to {sizes['disk_mb']} MB on disk; about {sizes['batches_per_epoch']:,} batches per epoch",
-            soft_wrap=True,
-        )
-        for engine, verdict in objective.servable().items():
-            console.print(f"servable by {engine}: {verdict}", soft_wrap=True)
-    report.check()
-    return {"report": report.as_dict(), **sizes}
+            f" checkpoints up to {sizes['disk_mb']} MB on disk; memory after a first batch {sizes['memory_gb']} GB",
+            f"{steps:,} steps, about {batches:,} batches per epoch, about {clock(3600 * sizes['hours'])} without evaluations",
+            *(f"servable by {engine}: {verdict}" for engine, verdict in objective.servable().items()),
+        ]
+        if not measured:
+            lines.append(
+                "acceptance is not measured, so there will be no `best`: give --eval-prompts or --eval-data-path"
+            )
+        for line in lines:
+            console.print(line, soft_wrap=True)
+    return {"report": report, **sizes}
+
+
+def _seconds(objective: Objective, data: TrainingData, ranks: Ranks) -> float:
+    """Seconds of one forward and backward pass on this machine, with all that the target does for it."""
+    objective.to(ranks.device)
+    batch = data.first().to(ranks.device)
+    began = time.perf_counter()
+    with torch.no_grad():
+        features = data.features(batch)
+    objective(features).loss.backward()
+    spent = time.perf_counter() - began
+    objective.zero_grad(set_to_none=True)
+    return spent
 
 
 def _card(spec: Spec, target: Target, objective: Objective) -> dict[str, Any]:
@@ -230,7 +172,7 @@ def _card(spec: Spec, target: Target, objective: Objective) -> dict[str, Any]:
     }
 
 
-def _trackers(config: OfflineOptions) -> Any:
+def _trackers(config: OfflineOptions, start: int) -> Trackers:
     assert config.output_dir is not None
     return trackers(
         config.report_to,
@@ -238,4 +180,5 @@ def _trackers(config: OfflineOptions) -> Any:
         run_name=config.wandb_run_name,
         folder=config.output_dir,
         config=config.model_dump(mode="json"),
+        start=start,
     )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from itertools import islice, takewhile
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ def stream_file(
     """The prompts `skip`, ..., `skip + limit` of a file through the drafter's own online learner, into a run folder.
 
     Writes metrics/acceptance.csv, metrics/speed.csv, metrics/updates.csv and telemetry dumps of the phase train; the learner saves where
-    its options say. `stop()` gives a reason to end before the next prompt, or None. Returns the run's figures, JSON-ready.
+    its options say. `stop()` gives a reason to end before the next prompt, or None. Returns the run's figures, JSON-ready; `ended` is that
+    reason, `num_prompts` if there were `limit` prompts, else `file`. UserError if the file has no prompt after `skip` ones.
     """
     learning = drafter.learning
     if learning is None:
@@ -61,38 +62,37 @@ def stream_file(
     if learning.dvi_online or learning.dvi_debug:
         learner = OnlineLearner(drafter, metrics=updates.append, seed=config.seed)
     metrics = SpeculationMetrics(
-        folder.path, drafter.steps, every=summary_every, plain_ms_per_token=plain, summary=say, learns=True, report=report
+        folder.path, drafter.steps, every=summary_every, plain_ms_per_token=plain, summary=say,
+        learns=learner is not None, report=report
     )  # fmt: skip
 
-    def policy() -> dict[str, float]:
-        """What dumps say of the policy gradient, while there is any."""
-        if learner is None or not learning.dvi_pg_lambda_max:
-            return {}
-        return {key: learner.last[key] for key in ("policy_mean_advantage", "policy_mean_kl") if key in learner.last}
-
-    telemetry = alignment(config, folder.path.resolve().name, "train", policy, say, folder.telemetry)
+    telemetry = alignment(
+        config, folder.path.resolve().name, "train", learner and learner.policy, say, folder.telemetry
+    )
     ends = _Ends()
-    prompts = islice(read_prompts(path, target, skipped), skip, None if limit is None else skip + limit)
+    prompts = _Until(islice(read_prompts(path, target, skipped), skip, None), limit, stop)
     listeners: list[Any] = [metrics, *([telemetry] if telemetry else [])]
     try:
-        result = stream(
-            target,
-            drafter,
-            takewhile(lambda _: stop() is None, prompts),
-            learner,
-            listeners,
-            config.max_new_tokens,
-            lambda record, _: ends.add(record),
-            seed=config.seed,
-            keep=False,
-        )
+        first, result = list(islice(prompts, 1)), StreamResult()
+        if first or prompts.ended == "file":  # a stream without a prompt is an error, one that was stopped is none
+            result = stream(
+                target,
+                drafter,
+                chain(first, prompts),
+                learner,
+                listeners,
+                config.max_new_tokens,
+                lambda record, _: ends.add(record),
+                seed=config.seed,
+                keep=False,
+            )
     finally:
         for closing in (*listeners, updates, *([learner] if learner else [])):
             closing.close()
     for line in skipped.first[:3]:
         say(f"skipped {line}")
     figures = {
-        "ended": stop() or "file",
+        "ended": prompts.ended,
         **_figures(result, ends),
         "plain_ms_per_token": plain,
         "skipped": skipped.count,
@@ -100,6 +100,23 @@ def stream_file(
     figures |= {"learner": learner.summary() if learner else None}
     folder.event("end", **figures, first_skipped=skipped.first)
     return figures
+
+
+class _Until(Iterator[list[int]]):
+    """Prompts up to a limit, a reason to stop, or the end of their file, and in `ended` which of them it was."""
+
+    def __init__(self, prompts: Iterator[list[int]], limit: int | None, stop: Callable[[], str | None]) -> None:
+        self.ended: str | None = None
+        self._prompts, self._left, self._stop = prompts, limit, stop
+
+    def __next__(self) -> list[int]:
+        if self.ended is None:
+            self.ended = "num_prompts" if self._left == 0 else self._stop()
+        if self.ended is None and (prompt := next(self._prompts, None)) is not None:
+            self._left = None if self._left is None else self._left - 1
+            return prompt
+        self.ended = self.ended or "file"
+        raise StopIteration
 
 
 class _Ends:

@@ -80,7 +80,7 @@ def build_dvi(config: DVIConfig, target: Target, path: str | None) -> ExitDrafte
     head = DrafterHead(target, exits.rank, exits.alpha, torch.Generator().manual_seed(exits.lora_seed))
     shallow = None
     if exits.shallow_rank:
-        with torch.random.fork_rng(devices=[]):  # peft draws from the global stream
+        with torch.random.fork_rng():  # peft draws from the global streams
             torch.manual_seed(exits.lora_seed)
             shallow = ShallowLoRA(target, exits.exit_layer, exits.shallow_rank, exits.shallow_alpha)
     drafter = ExitDrafter(target, exits, adapter, head, shallow, exits.model_copy(update={"load_lora": weights}))

@@ -68,7 +68,7 @@ class ExitDrafter(Drafter):
     def head_logits(self, hidden: Tensor) -> Tensor:
         if self.drafter_head is not None:
             logits: Tensor = self.drafter_head(hidden.to(self.target.dtype))
-            return logits
+            return logits.to(self.target.device)  # under a device map the head may be elsewhere than the tokens
         return self.frozen_logits(hidden)
 
     @cached_property

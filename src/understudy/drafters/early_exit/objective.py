@@ -11,7 +11,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,10 +21,11 @@ from understudy.core.records import Needs
 from understudy.drafters.early_exit.adapter import Adapter
 from understudy.drafters.early_exit.config import ExitConfig
 from understudy.drafters.early_exit.drafter import ExitDrafter
-from understudy.drafters.early_exit.files import exit_layer_of, read_adapter, write_adapter
+from understudy.drafters.early_exit.files import exit_layer_of, made_for, read_adapter, write_adapter
 from understudy.drafting.lora import lora_state_dict
 from understudy.drafting.objective import Batch, Features, Objective, StepOutput
 from understudy.ops.chunks import chunked_sums
+from understudy.target.fingerprint import check_made_for
 from understudy.target.probe import probe
 from understudy.target.target import Target
 
@@ -39,6 +39,7 @@ class ExitObjectiveConfig(Config):
     )
     draft_steps: int = option(6, "most drafts per cycle while acceptance is measured", "num-speculative-tokens", ge=1)
     loss_chunk: int = option(1024, "slots whose logits exist at the same time", ge=1)
+    any_target: bool = option(False, "take --init-from weights that were trained for another target")
     adapter_bin: bool = option(False, "also write pytorch_model.bin, which Kangaroo's own code loads")
 
 
@@ -55,12 +56,12 @@ def runs(right: Tensor, slots: Tensor, most: int) -> Tensor:
 
     `right`, `slots` [B, T] bool. A slot that is not supervised ends a run, so no run leaves its document.
     """
-    length = torch.zeros_like(right, dtype=torch.float32)
-    follow = torch.zeros(right.shape[0], device=right.device)
-    for t in range(right.shape[1] - 1, -1, -1):
-        follow = torch.where(right[:, t] & slots[:, t], (follow + 1).clamp(max=most), torch.zeros_like(follow))
-        length[:, t] = follow
-    return length
+    ok = (right & slots).float()
+    run, total = ok, ok.clone()
+    for _ in range(1, most):
+        run = ok * F.pad(run[:, 1:], (0, 1))  # 1 where the run goes on for one slot more
+        total += run
+    return total
 
 
 class ExitObjective(Objective):
@@ -129,8 +130,8 @@ class ExitObjective(Objective):
             write_adapter(self.drafter.adapter, folder, released=self.config.adapter_bin)
             return
         write_json(folder / "config.json", {"architectures": ["DVIHead"], "exit_layer": self.exit_layer})
-        with replacing(folder / "model.safetensors") as path:
-            save_file(lora_state_dict(self.drafter), path, metadata={"format": "pt"})
+        with replacing(folder / "final.pt") as path:  # as the online learner saves heads: `dvi:FOLDER` reads it
+            torch.save({**self.drafter.lora_extras(), "lora": lora_state_dict(self.drafter)}, path)
 
 
 def train_kangaroo(config: ExitObjectiveConfig, target: Target, start: Path | None) -> ExitObjective:
@@ -140,6 +141,8 @@ def train_kangaroo(config: ExitObjectiveConfig, target: Target, start: Path | No
             f"--exit-layer {config.exit_layer}: the target has {target.layers} layers, one must be left to verify"
         )
     probe(target, "split", config.exit_layer)
+    if start is not None:
+        check_made_for(made_for(start), target, f"the adapter in {start}", config.any_target)
     adapter = Adapter.identity(target, config.exit_layer) if start is None else read_adapter(start, target)
     if start is not None and (trained := exit_layer_of(start)) not in (None, config.exit_layer):
         raise UserError(f"{start} was trained at exit layer {trained}: give --exit-layer {trained}")

@@ -34,7 +34,8 @@ class ShallowLoRA(nn.Module):
         if not names:
             raise UserError(f"{type(target.model).__name__} has no plain linear layers that a LoRA could stand on")
         lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted(names), lora_dropout=0.0)
-        inject_adapter_in_model(lora, body.layers, adapter_name=ADAPTER)
+        with torch.inference_mode(False):  # what trains must be able to, wherever it was made
+            inject_adapter_in_model(lora, body.layers, adapter_name=ADAPTER)
         # as a module of ours, so that the LoRA's parameters are found, moved and saved with the drafter
         self.lora = nn.ParameterDict(
             {n.replace(".", "/"): p for n, p in body.layers.named_parameters() if p.requires_grad}

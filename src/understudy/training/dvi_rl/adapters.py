@@ -76,7 +76,7 @@ class DualLoRA(nn.Module):
         decoder = next(name for name, module in target.model.named_modules() if module is target.decoder)
         self._layers_name = f"{decoder}.layers"
         self._maps = {name: self._linear_maps(name) for name in self.names}
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng():  # of all devices: manual_seed seeds them all
             torch.manual_seed(seed)
             self.shallow = ShallowLoRA(target, exit_layer, rank, alpha)
             self.deep = nn.ParameterDict(self._inject_deep() if deep else {})

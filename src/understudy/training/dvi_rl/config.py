@@ -9,8 +9,8 @@ from understudy.core.config import Config, option
 
 # What may differ between a run and its continuation: how far it goes, where it runs and what is looked at.
 FREE = frozenset({
-    "num_prompts", "max_steps", "save_every", "keep", "output_dir", "resume", "eval_data_path", "eval_prompts",
-    "device", "device_map", "threads", "trust_remote_code",
+    "num_prompts", "max_steps", "save_every", "keep", "output_dir", "resume", "eval_data_path",
+    "eval_num_prompts", "device", "device_map", "threads", "trust_remote_code",
 })  # fmt: skip
 
 
@@ -53,7 +53,7 @@ class DviRlConfig(Config):
     max_prompt_tokens: int = option(1024, "longer prompts are left out", ge=1)
     num_prompts: int | None = option(None, "stop after so many prompts; default: at the end of the file", ge=1)
     max_steps: int | None = option(None, "stop after so many steps of lora_S", ge=1)
-    output_dir: Path = option(Path("runs/dvi-rl"), "the run folder", "outdir")
+    output_dir: Path | None = option(None, "the run folder; default: a new one under runs/", "outdir")
     resume: bool = option(False, "continue the run in --output-dir where its latest checkpoint left it")
     save_every: int = option(10, "steps of lora_S between checkpoints; there is one at the end in any case", ge=1)
     keep: int = option(3, "checkpoints kept", ge=1)
@@ -66,4 +66,4 @@ class DviRlExperimentConfig(DviRlConfig):
     eval_data_path: Path | None = option(
         None, "JSON Lines file to evaluate on; default: the built-in corpus's, when that is trained on", "eval-data"
     )
-    eval_prompts: int = option(16, "prompts of that file to evaluate on, from the first on", ge=1)
+    eval_num_prompts: int = option(16, "prompts of that file to evaluate on, from the first on", ge=1)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from understudy.core.errors import UserError
-from understudy.decoding.acceptance import Acceptance, measure_acceptance, perplexity
+from understudy.decoding.acceptance import WARM_TOKENS, Acceptance, measure_acceptance, perplexity
 from understudy.drafters.early_exit.config import ExitConfig
 from understudy.drafters.early_exit.drafter import ExitDrafter
 from understudy.drafting.protocols import Drafter
@@ -19,16 +19,15 @@ from understudy.training.dvi_rl.learner import Learner
 from understudy.training.dvi_rl.rollout import Prompts, Sample
 
 PLAIN, BARE, OURS = "none", "early-exit", "dvi-rl"
-WARM_TOKENS = 8
 
 
 def held_out(config: DviRlExperimentConfig, path: Path, target: Target) -> list[Sample]:
-    """The first `eval_prompts` usable prompts of a file. UserError where it has none."""
+    """The first `eval_num_prompts` usable prompts of a file. UserError where it has none."""
     prompts = Prompts(path, target, config.max_prompt_tokens, config.max_new_tokens)
-    samples = list(islice(prompts, config.eval_prompts))
+    samples = list(islice(prompts, config.eval_num_prompts))
     if not samples:
         raise UserError(
-            f"{path} has no prompt to evaluate on: {prompts.skipped.count} lines are malformed, {prompts.too_long} prompts too long"
+            f"{path} has no prompt to evaluate on: {prompts.skipped.count} lines give none, {prompts.too_long} prompts are too long"
         )
     return samples
 

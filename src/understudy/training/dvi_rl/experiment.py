@@ -16,21 +16,22 @@ from typing import Any
 from understudy.core.errors import UserError
 from understudy.core.files import write_json
 from understudy.core.provenance import environment
+from understudy.data.options import corpus_paths
 from understudy.target.target import Target
-from understudy.telemetry.run import RunFolder, plain
+from understudy.telemetry.run import plain
 from understudy.training.dvi_rl.config import DviRlExperimentConfig
 from understudy.training.dvi_rl.evaluate import evaluate, held_out
-from understudy.training.dvi_rl.train import check_data, data_paths, proceed, resume, start
+from understudy.training.dvi_rl.train import check_data, data_options, open_run, proceed, resume, start
 
 
 def experiment(config: DviRlExperimentConfig, target: Target, say: Callable[[str], None]) -> dict[str, Any]:
-    """Run it in `config.output_dir`; returns what experiment.json holds. UserError for what a user can get wrong."""
+    """Run it in `config.output_dir`, or in a new folder; returns what experiment.json holds. UserError for what a user can get wrong."""
     if config.train_data_path is not None and config.eval_data_path is None:
         raise UserError("--train-data-path is given: give --eval-data-path too, prompts that are not trained on")
     check_data(config.train_data_path, config.eval_data_path)
-    run = RunFolder(config.output_dir, config.resume)
+    config, run = open_run(config, "experiment")
     learner = start(config, target, run, say)
-    _, path = data_paths(config.train_data_path, config.eval_data_path, run.path)
+    _, path = corpus_paths(data_options(config, config.eval_data_path), run.path)
     assert path is not None
     samples = held_out(config, path, target)
     results = run.path / "results"

@@ -20,8 +20,7 @@ from understudy.training.dvi_rl.adapters import DEEP, SHALLOW, inject_lora
 from understudy.training.dvi_rl.buffer import Rollout
 from understudy.training.dvi_rl.config import FREE, DviRlConfig
 from understudy.training.dvi_rl.update import fast_step, slow_step
-
-MAX_BAD_STEPS = 10  # steps in a row whose loss or gradient is no number
+from understudy.training.rollouts.trainer import BAD_STEPS
 
 
 @dataclass
@@ -36,7 +35,8 @@ class Progress:
     judged: int = 0  # drafts up to and including first rejects
     accepted: int = 0
     new_tokens: int = 0
-    bad_steps: int = 0  # the latest ones in a row whose loss or gradient was no number
+    bad_steps: int = 0  # of lora_S, the latest ones in a row whose loss or gradient was no number
+    bad_slow_steps: int = 0  # the same of lora_D
 
 
 class Learner:
@@ -58,7 +58,7 @@ class Learner:
         """One step of `lora_S`, and one of `lora_D` where it is due. Returns the line of the log, without what the loop adds.
 
         `accept_rate` is the mean reward of this batch, `ppl_sample` the perplexity of its committed text under the verifier that
-        continued it. UserError after `MAX_BAD_STEPS` steps in a row without a number.
+        continued it. UserError after `BAD_STEPS` steps of the same adapter in a row without a number.
         """
         config, now = self.config, self.progress
         records = [record for rollout in rollouts for record in rollout.records]
@@ -66,7 +66,8 @@ class Learner:
         new_tokens = sum(rollout.new_tokens for rollout in rollouts)
         fast = fast_step(self.drafter, self.optimizers[SHALLOW], rollouts, now.baseline, config.max_grad_norm)
         now.step, rate, used = now.step + 1, accepted / len(records), now.baseline
-        now.baseline = config.baseline_momentum * used + (1 - config.baseline_momentum) * rate
+        if fast.stepped:
+            now.baseline = config.baseline_momentum * used + (1 - config.baseline_momentum) * rate
         now.bad_steps = 0 if fast.stepped else now.bad_steps + 1
         slow = None
         if config.slow_every and now.step % config.slow_every == 0:
@@ -74,8 +75,10 @@ class Learner:
                 self.adapters, self.optimizers[DEEP], rollouts, config.beta_kl, config.observed, config.max_grad_norm
             )
             now.slow_steps += slow.stepped
-        if now.bad_steps >= MAX_BAD_STEPS:
-            raise UserError(f"loss_rl was no number in {MAX_BAD_STEPS} steps in a row: lower --lr-s")
+            now.bad_slow_steps = 0 if slow.stepped else now.bad_slow_steps + 1
+        for bad, loss, rate_of in ((now.bad_steps, "loss_rl", "--lr-s"), (now.bad_slow_steps, "loss_slow", "--lr-d")):
+            if bad >= BAD_STEPS:
+                raise UserError(f"{loss} or its gradient was no number in {BAD_STEPS} steps in a row: lower {rate_of}")
         return {
             "step": now.step,
             "loss_rl": fast.loss,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from understudy.core.errors import UserError
 from understudy.core.records import Cycle
 from understudy.data.conversations import Conversation, Skipped, read
+from understudy.data.encode import Encoder, Rejected
 from understudy.data.prompts import render
 from understudy.decoding.engine import decode
 from understudy.decoding.request import DecodeParams
@@ -22,22 +24,28 @@ from understudy.drafting.protocols import Drafter
 from understudy.target.params import params_from_generation_config
 from understudy.target.target import Target
 from understudy.training.dvi_rl.buffer import Record, Rollout
+from understudy.training.streaming import question
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One prompt: the first user turn of a conversation with the system message before it, ready to be answered."""
+    """One prompt: the first user turn of a conversation with what stands before it, ready to be answered."""
 
     position: int  # conversations of the file before it
     prompt: list[int]
-    reference: list[int]  # the answer that follows in the data, cut to `max_new_tokens`; empty = none
+    reference: list[int]  # the answer that follows in the data, stop token and all, cut to `max_new_tokens`
 
 
 class Prompts:
     """The prompts of a JSON Lines file, streamed: memory is that of one line.
 
-    What is malformed is counted in `skipped`, what is longer than `max_prompt_tokens`, or leaves the context no room for an answer,
-    in `too_long`. Iterating reads from the beginning; `after(n)` leaves out the first n conversations without tokenising them.
+    What is malformed, or refused by the chat template, is counted in `skipped`, what is longer than `max_prompt_tokens`, or leaves
+    the context no room for an answer, in `too_long`. Iterating reads from the beginning; `after(n)` leaves out the first n
+    conversations without tokenising them.
+
+    References are the very tokens that the chat template writes behind the prompt, the stop token last (`data.encode`). Answers
+    that it writes otherwise than the model does when it is served count as none. Without a chat template nothing says how an
+    answer ends: it is then the tokens of its text alone.
     """
 
     def __init__(self, path: Path, target: Target, max_prompt_tokens: int, max_new_tokens: int) -> None:
@@ -46,6 +54,7 @@ class Prompts:
                 f"{target.name} has no tokenizer, so prompts cannot be rendered: give a folder that has one"
             )
         self.path, self.tokenizer = path, target.tokenizer
+        self._encoder = _encoder(target)
         self.most = min(max_prompt_tokens, target.context - max_new_tokens)
         self.max_new_tokens = max_new_tokens
         self.skipped, self.too_long = Skipped(), 0
@@ -55,23 +64,46 @@ class Prompts:
         for index, conversation in enumerate(read(self.path, self.skipped)):
             if index < position:
                 continue
-            prompt, reference = self._encode(conversation)
+            try:
+                prompt = render(self.tokenizer, question(conversation))
+            except UserError as error:
+                self.skipped.add(f"{self.path} ({conversation.id})", str(error))
+                continue
             if len(prompt) > self.most:
                 self.too_long += 1
                 continue
-            yield Sample(index, prompt, reference)
+            yield Sample(index, prompt, self._reference(conversation, prompt))
 
     def __iter__(self) -> Iterator[Sample]:
         return self.after(0)
 
-    def _encode(self, conversation: Conversation) -> tuple[list[int], list[int]]:
-        messages = conversation.messages
-        asked = next(i for i, message in enumerate(messages) if message.role == "user")
-        prompt = render(self.tokenizer, messages[: asked + 1])
-        if asked + 1 == len(messages) or messages[asked + 1].role != "assistant":
-            return prompt, []
-        answer: Any = self.tokenizer(messages[asked + 1].content, add_special_tokens=False)["input_ids"]
-        return prompt, list(answer)[: self.max_new_tokens]
+    def _reference(self, conversation: Conversation, prompt: list[int]) -> list[int]:
+        """The answer to `question`, cut to `max_new_tokens`; empty where there is none."""
+        asked = question(conversation)
+        answers = conversation.messages[len(asked) : len(asked) + 1]
+        if not answers or answers[0].role != "assistant":
+            return []
+        if self.tokenizer.chat_template is None:
+            answer: Any = self.tokenizer(answers[0].content, add_special_tokens=False)["input_ids"]
+            return list(answer)[: self.max_new_tokens]
+        if self._encoder is None:
+            return []
+        try:
+            encoded = self._encoder(Conversation(conversation.id, (*asked, *answers)))
+        except Rejected:
+            return []
+        start = encoded.mask.index(True)
+        if encoded.ids[:start] != prompt:
+            return []
+        return encoded.ids[start : start + sum(encoded.mask)][: self.max_new_tokens]
+
+
+def _encoder(target: Target) -> Encoder | None:
+    """Whole answers by the target's chat template; None without a template, or with one that writes no answers."""
+    try:
+        return Encoder(target.tokenizer, max_length=sys.maxsize, last_turn_only=True, stop_ids=target.eos_ids)
+    except UserError:
+        return None
 
 
 def collect(target: Target, drafter: Drafter, sample: Sample, max_new_tokens: int) -> Rollout:

@@ -16,11 +16,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from understudy.core.checkpoints import find_checkpoint
 from understudy.core.errors import UserError
 from understudy.core.files import replacing
+from understudy.data.options import DataOptions, corpus_paths
 from understudy.target.memory import memory_guard
 from understudy.target.target import Target
 from understudy.telemetry.run import RunFolder, plain, read_events
@@ -31,6 +32,7 @@ from understudy.training.dvi_rl.learner import Learner, Progress
 from understudy.training.dvi_rl.rollout import Prompts, collect
 from understudy.training.stops import StopRequest
 
+C = TypeVar("C", bound=DviRlConfig)
 LOG = "steps.jsonl"
 NOTICE = (
     "lora_D is on (--slow-every {every}): it changes the model. Output equals plain decoding of the changed model, not of {name};"
@@ -76,16 +78,21 @@ def check_data(*paths: Path | None) -> None:
             raise UserError(f"cannot read {path}: there is no such file")
 
 
-def data_paths(train: Path | None, held_out: Path | None, folder: Path) -> tuple[Path, Path | None]:
-    """(file to train on, file to evaluate on or None). The built-in corpus is written into the run's folder, once."""
-    if train is not None:
-        return train, held_out
-    corpus = folder / "corpus"
-    if not all((corpus / name).exists() for name in ("train.jsonl", "eval.jsonl")):
-        from understudy.data.stdlib import write_corpus
+def data_options(config: DviRlConfig, held_out: Path | None = None) -> DataOptions:
+    """What is trained and evaluated on, as `corpus_paths` takes it."""
+    train = [] if config.train_data_path is None else [config.train_data_path]
+    return DataOptions(train_data_path=train, eval_data_path=held_out)
 
-        write_corpus(corpus)
-    return corpus / "train.jsonl", held_out or corpus / "eval.jsonl"
+
+def open_run(config: C, what: str) -> tuple[C, RunFolder]:
+    """The folder of a run, and the config that names it. Without one, a new one under runs/ is named after `what` and the time."""
+    if config.output_dir is None:
+        if config.resume:
+            raise UserError("--resume needs --output-dir: the folder of the run to continue")
+        folder = Path("runs") / time.strftime(f"{what}-dvi-rl-%Y%m%d-%H%M%S")
+        config = config.model_copy(update={"output_dir": folder})
+    assert config.output_dir is not None
+    return config, RunFolder(config.output_dir, config.resume)
 
 
 def start(config: DviRlConfig, target: Target, run: RunFolder, say: Callable[[str], None]) -> Learner:
@@ -119,9 +126,9 @@ def resume(learner: Learner, run: RunFolder) -> None:
 def train(
     config: DviRlConfig, target: Target, say: Callable[[str], None] = lambda text: None
 ) -> tuple[Trained, Learner]:
-    """Train in `config.output_dir`. `say` gets lines for a person. UserError for what a user can get wrong."""
+    """Train in `config.output_dir`, or in a new folder. `say` gets lines for a person. UserError for what a user can get wrong."""
     check_data(config.train_data_path)
-    run = RunFolder(config.output_dir, config.resume)
+    config, run = open_run(config, "train")
     learner = start(config, target, run, say)
     resume(learner, run)
     trained = proceed(learner, target, run, say)
@@ -132,9 +139,10 @@ def proceed(learner: Learner, target: Target, run: RunFolder, say: Callable[[str
     """Train on from where `learner` stands, to the end that its config names, and save."""
     config, checkpoints = learner.config, Checkpoints(run.path, learner.config.keep)
     prompts = Prompts(
-        data_paths(config.train_data_path, None, run.path)[0], target, config.max_prompt_tokens, config.max_new_tokens
+        corpus_paths(data_options(config), run.path)[0][0], target, config.max_prompt_tokens, config.max_new_tokens
     )
-    buffer, saved = ReplayBuffer(config.buffer_size, config.fast_batch), learner.progress.step or -1
+    buffer = ReplayBuffer(config.buffer_size, config.fast_batch)
+    saved = learner.progress.step if _newest(run) else -1
     if learner.progress.step:
         say(f"continuing after step {learner.progress.step}, {learner.progress.prompts} prompts")
 

@@ -4,7 +4,7 @@ from understudy.drafting.lora import load_lora_state_dict, lora_state_dict
 from understudy.training.online.buffer import DVIRingBuffer, DVITrainSample
 from understudy.training.online.checkpoints import load_ckpt, save_ckpt
 from understudy.training.online.learner import OnlineLearner, learner_of
-from understudy.training.online.modes import MODES, with_mode
+from understudy.training.online.modes import MODES
 from understudy.training.online.schedule import PiecewiseSchedule
 from understudy.training.online.trainer import OnlineTrainer
 
@@ -20,5 +20,4 @@ __all__ = [
     "load_lora_state_dict",
     "lora_state_dict",
     "save_ckpt",
-    "with_mode",
 ]

@@ -55,6 +55,8 @@ class DVIRingBuffer:
         self.size = 0
         self.pushed = 0  # samples ever; the next goes to slot `pushed % capacity`
         self._random = generator("cpu", seed, "replay")
+        # By slot, on the CPU: neither sampled nor taken as unseen
+        self._unseen = torch.zeros(capacity, dtype=torch.bool)
         self._hk = torch.zeros(capacity, d_model, dtype=torch.float16, device=self.device)
         self._meta = torch.zeros(
             capacity, 4, dtype=torch.int32, device=self.device
@@ -99,6 +101,7 @@ class DVIRingBuffer:
             here, there = slice(slot, slot + count), slice(done, done + count)
             self._hk[here] = hk[there]
             self._meta[here] = rows[there]
+            self._unseen[here] = True
             self._logits[here] = logits[there]
             if ids is not None:
                 self._ids[here] = ids[there]
@@ -121,11 +124,21 @@ class DVIRingBuffer:
 
     def sample(self, n: int) -> Batch:
         """`n` different samples by chance (all of them if there are fewer)."""
-        return self._at(torch.randperm(self.size, generator=self._random)[:n])
+        slots = torch.randperm(self.size, generator=self._random)[:n]
+        self._unseen[slots] = False
+        return self._at(slots)
 
-    def newest(self, n: int) -> Batch:
-        """The last `n` samples, the newest first."""
-        return self._at((self.pushed - 1 - torch.arange(min(n, self.size))) % self.capacity)
+    @property
+    def unseen(self) -> int:
+        """How many samples have been in no batch so far: neither of `sample` nor of `take_unseen`."""
+        return int(self._unseen.sum())
+
+    def take_unseen(self, n: int) -> Batch:
+        """The last `n` of the unseen samples (all of them if there are fewer), the newest first. Each is given once."""
+        newest = (self.pushed - 1 - torch.arange(self.size)) % self.capacity
+        slots = newest[self._unseen[newest]][:n]
+        self._unseen[slots] = False
+        return self._at(slots)
 
     def _at(self, slots: Tensor) -> Batch:
         slots = slots.to(self.device)

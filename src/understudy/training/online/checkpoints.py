@@ -85,7 +85,10 @@ def _write(path: str | Path, content: bytes) -> None:
 
 
 class CheckpointFolder:
-    """`step_########.pt` (verify passes) and `latest.pt` every so many updates, `final.pt` at the end. The folder is one learner's."""
+    """`step_########.pt` (verify passes) and `latest.pt` every so many updates, `final.pt` at the end. The folder is one learner's.
+
+    Learners may use it one after the other: `final.pt` is there only while nothing newer is.
+    """
 
     def __init__(self, folder: Path, every: int) -> None:
         self.folder, self.every = folder, every
@@ -99,6 +102,8 @@ class CheckpointFolder:
             content = _encoded(state)
             _write(self.folder / f"step_{state[2].step:08d}.pt", content)
             _write(self.folder / "latest.pt", content)
+            # Whoever reads the folder takes final.pt first: one of a run that ended before this one must not hide what is newer.
+            (self.folder / "final.pt").unlink(missing_ok=True)
 
     def close(self, state: State) -> None:
         save_ckpt(self.folder / "final.pt", *state)

@@ -1,6 +1,6 @@
 """Learning may not make a head worse than it was: the last good weights, and when they come back.
 
-The measure is the head against the *frozen* head at the same positions, on the newest states, which no update has seen. Acceptance
+The measure is the head against the *frozen* head at the same positions, on the newest states that no update has seen. Acceptance
 alone says nothing: when the text changes it falls for both. The verifier's law is taken as it is, not softened as in the losses:
 that is the one which drafts have to meet.
 """

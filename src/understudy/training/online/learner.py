@@ -31,6 +31,7 @@ from understudy.training.online.schedule import PiecewiseSchedule
 from understudy.training.online.trainer import OnlineTrainer
 
 HISTORY = 10_000  # updates whose milliseconds are remembered
+POLICY = ("policy_mean_advantage", "policy_mean_kl")
 
 
 class OnlineLearner:
@@ -88,7 +89,7 @@ class OnlineLearner:
         self.due = 0
         self.last: dict[str, float] = {}  # statistics of the last due update
         self.ms: deque[float] = deque(maxlen=HISTORY)
-        self._seen = 0  # samples that the guard has looked at, or that were already old when it looked
+        self._policy: dict[str, float | None] = dict.fromkeys(POLICY)  # of the last update that ran
         self._checkpoints: CheckpointFolder | None = None
         if options.save_lora_path:
             self._checkpoints = CheckpointFolder(options.save_lora_path, options.save_lora_every)
@@ -145,15 +146,14 @@ class OnlineLearner:
         self.due += 1
         began = time.perf_counter()
         trainer = self.trainer
-        n = trainer.size(self.options.dvi_batch_size)
-        if n == 0:
+        plan = trainer.plan(self.options.dvi_batch_size, buffer.unseen)
+        if plan.n == 0:
             self.last = trainer.skip(self.global_step)
         else:
-            probe = None
-            if trainer.watching and buffer.pushed > self._seen:
-                probe = buffer.newest(min((n + 1) // 2, buffer.pushed - self._seen))
-                self._seen = buffer.pushed
-            self.last = trainer.step(buffer.sample(n), self.global_step, probe, began)
+            # Taken before the batch is, which makes what it holds seen
+            probe = buffer.take_unseen((plan.n + 1) // 2) if plan.watches else None
+            self.last = trainer.step(buffer.sample(plan.n), self.global_step, probe, began, plan)
+            self._policy = {name: self.last[name] for name in POLICY}
             self.ms.append(self.last["ms"])
             if self._checkpoints:
                 self._checkpoints.updated(trainer.ran, self._state())
@@ -182,11 +182,9 @@ class OnlineLearner:
             "baseline": trainer.baseline,
         }
 
-    def policy(self) -> dict[str, float]:
-        """Means over the last update's policy gradient, for telemetry; empty while there is none."""
-        if not self.options.dvi_pg_lambda_max:
-            return {}
-        return {key: self.last[key] for key in ("policy_mean_advantage", "policy_mean_kl") if key in self.last}
+    def policy(self) -> dict[str, float | None]:
+        """Means over the last update's policy gradient, for telemetry: None before an update ran, nothing where none is in use."""
+        return dict(self._policy) if self.options.dvi_online and self.options.dvi_pg_lambda_max else {}
 
     def close(self) -> None:
         """Write `final.pt`, if there is a folder for it."""
@@ -194,9 +192,19 @@ class OnlineLearner:
             self._checkpoints.close(self._state())
 
 
-def learner_of(drafter: Drafter, seed: int = 0) -> OnlineLearner | None:
-    """The learner that the drafter's options ask for: to learn, or only to show what would be learned from. None: neither."""
+def learner_of(
+    drafter: Drafter, seed: int = 0, metrics: Callable[[dict[str, float]], None] | None = None
+) -> OnlineLearner | None:
+    """The learner that the drafter's options ask for: to learn, or only to show what would be learned from. None: neither.
+
+    UserError where they ask for neither, and yet to save what is learned.
+    """
     options = drafter.learning
-    if options is None or not (options.dvi_online or options.dvi_debug):
+    if options is None:
         return None
-    return OnlineLearner(drafter, seed=seed)
+    if options.dvi_online or options.dvi_debug:
+        return OnlineLearner(drafter, metrics=metrics, seed=seed)
+    for name, wanted in (("path", options.save_lora_path is not None), ("every", options.save_lora_every > 0)):
+        if wanted:
+            raise UserError(f"--save-lora-{name}: nothing is learned, so nothing is saved: give --dvi-online true")
+    return None

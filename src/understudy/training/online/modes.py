@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from understudy.drafting.learning import LearnOptions
-
 _OFF: dict[str, Any] = {
     "dvi_kd_lambda0": 0.0,
     "dvi_kd_lambdamin": 0.0,
@@ -24,7 +22,7 @@ _KD: dict[str, Any] = {"dvi_kd_lambda0": 0.5, "dvi_kd_lambdamin": 0.5}
 _CE: dict[str, Any] = {"dvi_ce_lambda": 0.5}
 _PG: dict[str, Any] = {"dvi_pg_lambda_max": 0.2}
 
-# Mode -> overrides of `LearnOptions`
+# Mode -> overrides of `drafting.learning.LearnOptions`
 MODES: dict[str, dict[str, Any]] = {
     "full": {},
     "kd_only": _OFF | _KD,
@@ -33,8 +31,3 @@ MODES: dict[str, dict[str, Any]] = {
     "kd+ce": _OFF | _KD | _CE,
     "kd+pg": _OFF | _KD | _PG,
 }
-
-
-def with_mode(options: LearnOptions, mode: str) -> LearnOptions:
-    """`options` with the weights of one of `MODES`."""
-    return LearnOptions.model_validate(options.model_dump() | MODES[mode])

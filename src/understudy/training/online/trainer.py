@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from typing import NamedTuple
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -20,8 +21,15 @@ from understudy.training.online.schedule import PiecewiseSchedule
 
 WEIGHT_DECAY = 0.01
 CLIP = 1.0
-WATCH = 4  # updates from one look at the frozen head to the next: each costs two more passes of a head
+WATCH = 4  # updates from one that watches to the next: comparing with the frozen head costs two more passes of a head
 STATS = ("loss", *Losses._fields, "grad_norm", "reward", "advantage")  # in the order of their one transfer to the host
+
+
+class Plan(NamedTuple):
+    """What a due update does."""
+
+    n: int  # samples; 0 = it is skipped
+    watches: bool  # whether it also compares the head with the frozen one
 
 
 class OnlineTrainer:
@@ -57,51 +65,66 @@ class OnlineTrainer:
         self.guard = Guard(drafter, self.optimizer, guard)
         # Updates that also compare with the frozen head cost more: each kind has its own size.
         self._paces = (Pace(max_ms), Pace(max_ms))
+        self._unwatched = 0  # updates since one watched, or would have if it had fitted
         self.ran = self.skipped = 0
 
-    @property
-    def watching(self) -> bool:
-        """Whether the next update compares the head with the frozen one, which one in `WATCH` does."""
-        return self.guard.window > 0 and self.ran % WATCH == WATCH - 1
+    def plan(self, batch: int, unseen: int) -> Plan:
+        """What the due update does within its time, with `batch` samples and `unseen` positions for the guard.
 
-    def size(self, batch: int) -> int:
-        """How many of `batch` samples the next update may take within its time; 0 = it has to be skipped."""
-        return self._paces[self.watching].size(batch)
+        To be asked once per due update: it counts. One update in `WATCH` watches. Where watching does not fit the time, an ordinary
+        update takes its place; where nothing is unseen, the next one watches.
+        """
+        ordinary, watching = self._paces
+        n = ordinary.size(batch)
+        if not n:  # one that watches takes longer still
+            ordinary.skip()
+            return Plan(0, False)
+        self._unwatched += 1
+        if self.guard.window and self._unwatched >= WATCH and unseen:
+            self._unwatched = 0
+            if watched := watching.size(batch):
+                return Plan(watched, True)
+            watching.skip()
+        return Plan(n, False)
 
     def skip(self, global_step: int) -> dict[str, float]:
-        """An update was due, and even the smallest does not fit its time."""
+        """The plan of a due update was to skip it: even the smallest does not fit its time."""
         self.schedule.step = global_step
-        self._paces[self.watching].skip()
         self.skipped += 1
         return {"global_step": global_step, "n": 0, "ms": 0.0, "skipped": 1.0, "non_finite": 0.0, "restored": 0.0}
 
     def step(
-        self, batch: Batch, global_step: int, probe: Batch | None = None, began: float | None = None
+        self,
+        batch: Batch,
+        global_step: int,
+        probe: Batch | None = None,
+        began: float | None = None,
+        plan: Plan | None = None,
     ) -> dict[str, float]:
         """Update once; the statistics of it, `ms` among them, which run from `began` (perf_counter) if it is given.
 
-        batch: fields of `DVITrainSample`, each [n, ...]; of more samples than `size` allows, the first are taken.
-        probe: positions for the guard, best ones that no update has seen, used in updates that are `watching`; without them it looks
-        at the first half of the batch.
+        batch: fields of `DVITrainSample`, each [n, ...]; of more samples than the plan allows, the first are taken.
+        probe: positions for the guard, which no update has seen, used where the plan is to watch; without them nothing is compared.
+        plan: what `plan` said of this update; asked here unless given.
         A loss, gradient or weight that is not finite, or a head worse than the frozen one, brings the last good weights back.
         """
         began = time.perf_counter() if began is None else began
-        watching = self.watching
-        n = self.size(field(batch, "token").shape[0])
+        given = field(batch, "token").shape[0]
+        n, watches = plan or self.plan(given, 0 if probe is None else field(probe, "token").shape[0])
         if n == 0:
             return self.skip(global_step)
-        if n < field(batch, "token").shape[0]:
+        if n < given:
             batch = _first(batch, n)
         assert field(batch, self.logits_field).shape[1] == self.width, "the batch comes from another kind of buffer"
         self.schedule.step = global_step
         with torch.inference_mode(False), torch.enable_grad():
-            worse = watching and self.guard.watch(_first(batch, (n + 1) // 2) if probe is None else probe)
+            worse = watches and probe is not None and self.guard.watch(probe)
             stats = self._update(batch)
         restored = worse or bool(stats["non_finite"])
         stats |= {"global_step": global_step, "n": n, "skipped": 0.0, "restored": float(restored)}
         stats |= {f"guard_{name}": value for name, value in self.guard.verdict.items()}
         stats["ms"] = (time.perf_counter() - began) * 1e3
-        self._paces[watching].record(n, stats["ms"])
+        self._paces[watches].record(n, stats["ms"])
         self.ran += 1
         return stats
 
@@ -113,7 +136,8 @@ class OnlineTrainer:
         if learns:  # else weight decay would be all that moves
             for p, g in zip(self.parameters, torch.autograd.grad(logits, self.parameters, gradient), strict=True):
                 p.grad = g
-        norm = clip_grad_norm_(self.parameters, CLIP)
+        # Without a gradient `clip_grad_norm_` gives a number on the CPU, wherever the head is.
+        norm = clip_grad_norm_(self.parameters, CLIP) if learns else torch.zeros_like(loss)
         reward = masked_mean(field(batch, "reward").float(), on_policy(batch))
         scalars = (loss, *losses, norm, reward, reward - self.baseline)
         stats = dict(zip(STATS, torch.stack(scalars).tolist(), strict=True))

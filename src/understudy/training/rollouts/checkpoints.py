@@ -2,8 +2,9 @@
 
 lora       the head's A and B, by their names (`drafting.lora`)
 shallow    the LoRA of the shallow layers, by peft's names; absent without one
+target     the fingerprint of the target that they were trained for
 settings   exit_layer, rank, alpha, and with a shallow LoRA shallow_rank and shallow_alpha: what the tensors were trained as
-trainer    optimizer, updates, running mean of rewards: what training needs to go on
+trainer    optimizer, updates, running mean of rewards, where the prompts stand: what training needs to go on
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from understudy.core.files import replacing
 from understudy.drafters.early_exit.saved import load_shallow
 from understudy.drafting.lora import load_lora_state_dict, lora_of, lora_state_dict, read_checkpoint
 from understudy.training.rollouts.trainer import RolloutTrainer
-
-NAMES = ("final.pt", "latest.pt")
 
 
 def save(path: str | Path, trainer: RolloutTrainer) -> None:

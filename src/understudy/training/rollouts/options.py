@@ -63,7 +63,7 @@ class RolloutOptions(Config):
     eval_data_path: Path | None = option(
         None, "JSON Lines file of held-out prompts; default: the built-in prompt set", "eval-data"
     )
-    eval_prompts: int = option(8, "held-out prompts of an evaluation", ge=1)
+    eval_num_prompts: int = option(8, "held-out prompts of an evaluation", ge=1)
     spec_k_max: int = option(4, "largest draft length of an evaluation, which measures every length up to it", ge=1)
     quiet_eval: bool = option(False, "an evaluation prints one line instead of a table")
     time_repeats: int = option(1, "timings of every prompt, plain and speculative in turn; medians count", ge=1)

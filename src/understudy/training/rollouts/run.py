@@ -8,7 +8,7 @@ telemetry/            alignment dumps of the phases train, eval and timing, whos
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from understudy.training.rollouts.collect import Rollout, roll_out
 from understudy.training.rollouts.evaluate import clock, evaluate
 from understudy.training.rollouts.options import RolloutConfig
 from understudy.training.rollouts.phases import PhasedTelemetry
+from understudy.training.rollouts.prompts import EndlessPrompts
 from understudy.training.rollouts.trainer import RolloutTrainer
 
 LOG_EVERY = 10  # updates between lines
@@ -83,44 +84,49 @@ class RolloutRun:
             folder.telemetry,
         )
         self.rolled = Stats()  # of all rollouts
-        self._decoded = 0  # prompts rolled out: each has random streams of its own
 
     def say(self, line: str) -> None:
         self.console.print(line, markup=False, soft_wrap=True)
 
     def run(
         self,
-        prompts: Iterator[list[int]],
+        prompts: EndlessPrompts,
         held_out: Sequence[list[int]],
         timed: Sequence[list[int]],
         stop: Callable[[], str | None] = lambda: None,
     ) -> dict[str, Any]:
         """Train on `prompts`, evaluate on `held_out`, time on `timed`; the figures of the run, JSON-ready.
 
-        `stop()` gives a reason to end after the present update, or None.
+        A trainer that goes on leaves out the prompts that it had, if they are of these lines in this order. `stop()` gives a reason
+        to end after the present update, or None. What was learned is then saved at once: nothing is evaluated or timed any more, and
+        `last` is the evaluation before.
         """
-        config, reason = self.config, "steps"
+        config, reason = self.config, None
+        prompts.go_on(self.trainer.prompts)
         table, evals = self.folder.table("train", TRAIN), self.folder.table("eval", EVAL)
+        timing = None
         try:
             first = last = self._evaluate(evals, held_out)
             for done in range(1, config.steps + 1):
                 table.append(self._update(prompts, done))
-                due = done == config.steps or (config.eval_every > 0 and done % config.eval_every == 0)
-                reason = stop() or reason
-                if due or reason != "steps":
-                    last = self._evaluate(evals, held_out)
-                if reason != "steps":
+                ended = done == config.steps
+                if (reason := stop()) or ended:
+                    save(self.checkpoints / "final.pt", self.trainer)
+                if reason:
                     self.say(f"stopped after update {self.trainer.updates}: {reason}")
                     break
-            save(self.checkpoints / "final.pt", self.trainer)
-            timing = self._time(timed) if timed and reason == "steps" else None
+                if ended or (config.eval_every > 0 and done % config.eval_every == 0):
+                    last = self._evaluate(evals, held_out)
+            reason = reason or stop()
+            if timed and not reason:
+                timing = self._time(timed)
         finally:
             for file in (table, evals):
                 file.close()
             self.telemetry.close()
         figures: dict[str, Any] = {
             "updates": self.trainer.updates,
-            "ended": reason,
+            "ended": reason or "steps",
             "rollout_tokens": self.rolled.tokens,
             "first": first,
             "last": last,
@@ -129,7 +135,7 @@ class RolloutRun:
         self.folder.event("end", step=self.trainer.updates, **figures)
         return figures
 
-    def _roll_out(self, prompts: Iterator[list[int]]) -> list[Rollout]:
+    def _roll_out(self, prompts: EndlessPrompts) -> list[Rollout]:
         config, made = self.config, []
         for _ in range(config.rollout):
             made.append(
@@ -140,14 +146,14 @@ class RolloutRun:
                     config.max_new_tokens,
                     config.spec_train_greedy,
                     config.seed,
-                    self._decoded,
+                    prompts.given - 1,  # each prompt has random streams of its own
                     self.telemetry.watching("train"),
                 )
             )
-            self._decoded += 1
+        self.trainer.prompts = prompts.state()
         return made
 
-    def _update(self, prompts: Iterator[list[int]], done: int) -> dict[str, Cell]:
+    def _update(self, prompts: EndlessPrompts, done: int) -> dict[str, Cell]:
         """The `done`-th update of this run; its row."""
         began = time.perf_counter()
         rollouts = self._roll_out(prompts)

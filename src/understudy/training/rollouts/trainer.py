@@ -29,7 +29,7 @@ BAD_STEPS = 10  # updates in a row with a loss or gradient that is no number bef
 
 
 class RolloutTrainer:
-    """Holds the optimizer, the running mean of rewards, and how many updates were made.
+    """Holds the optimizer, the running mean of rewards, how many updates were made, and where the prompts of a run stand.
 
     UserError if the drafter has no head that learns.
     """
@@ -44,6 +44,7 @@ class RolloutTrainer:
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=WEIGHT_DECAY)
         self.updates = 0
         self.baseline = 0.0  # running mean of rewards
+        self.prompts: dict[str, int] = {}  # `EndlessPrompts.state` after the last rollouts; empty = at their beginning
         self.last: dict[str, float] = {}  # statistics of the last update
         self._bad = 0
         self._seed = seed
@@ -134,7 +135,12 @@ class RolloutTrainer:
         return {name: self.last.get(name) for name in ("policy_mean_advantage", "policy_mean_kl")}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict(), "updates": self.updates, "baseline": float(self.baseline)}
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "updates": self.updates,
+            "baseline": float(self.baseline),
+            "prompts": self.prompts,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken. Learning rates and weight decay stay those of the options."""
@@ -142,5 +148,6 @@ class RolloutTrainer:
         try:
             self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
             self.updates, self.baseline = int(state["updates"]), float(state["baseline"])
+            self.prompts = {str(name): int(value) for name, value in dict(state.get("prompts", {})).items()}
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"the trainer's state in the checkpoint does not fit: {error}") from None
