@@ -67,7 +67,12 @@ def stream_file(
     )  # fmt: skip
 
     telemetry = alignment(
-        config, folder.path.resolve().name, "train", learner and learner.policy, say, folder.telemetry
+        config,
+        folder.path.resolve().name,
+        "train",
+        learner.policy if learner is not None else None,
+        say,
+        folder.telemetry,
     )
     ends = _Ends()
     prompts = _Until(islice(read_prompts(path, target, skipped), skip, None), limit, stop)
