@@ -10,6 +10,7 @@ import shutil
 import pytest
 import torch
 import transformers
+import yaml
 
 from understudy import cli
 from understudy.assets import pocket_path
@@ -190,8 +191,56 @@ def test_an_unsupported_processor_of_the_checkpoint_is_refused(capsys, tmp_path)
 
 
 def test_demo_compares_drafters(capsys):
-    code, out, _ = run(capsys, "demo", "--num-prompts", "2", "--max-new-tokens", "16", "--dtype", "float32")
-    assert code == 0
+    code, out, _ = run(
+        capsys, "demo", "--num-prompts", "2", "--max-new-tokens", "16", "--dtype", "float32", "--learn-seconds", "0"
+    )
+    assert code == 0 and "Live learning" not in out
     assert "Not one token differs" in out
     for name in ("none", "null", "prompt-lookup", "early-exit"):
         assert name in out
+
+
+def test_demo_ends_with_live_learning(capsys):
+    code, out, _ = run(
+        capsys, "demo", "--drafter", "none", "--num-prompts", "1", "--max-new-tokens", "16", "--learn-seconds", "3"
+    )
+    assert code == 0 and "Not one token differs" in out
+    assert re.search(r"first half: first draft accepted [\d.]+%, tau \d", out) and re.search(
+        r"[1-9]\d* updates of", out
+    )
+
+
+def test_generate_learns_watches_and_says_so(capsys, tmp_path):
+    args = ("--num-prompts", "5", "--max-new-tokens", "48", "--dtype", "float32", "--threads", "1")
+    plain = run(capsys, "generate", "--drafter", "none", *args, "--output", str(tmp_path / "plain.jsonl"))
+    learned = run(
+        capsys, "generate", "--drafter", "dvi,telemetry_max_blocks=3", "--dvi-online", "true", "--dvi-batch-size", "8", *args,
+        "--output", str(tmp_path / "dvi.jsonl"), "--output-dir", str(tmp_path / "run"), "--telemetry-debug", "1",
+        "--save-lora-path", str(tmp_path / "lora"),
+    )  # fmt: skip
+    assert plain[0] == learned[0] == 0
+    outputs = [
+        [json.loads(line)["answers"][0]["tokens"] for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("plain.jsonl", "dvi.jsonl")
+    ]
+    assert outputs[0] == outputs[1]
+    assert re.search(r"learned: \d+ judged drafts, [1-9]\d* of \d+ due updates run", learned[1])
+    assert "telemetry serve step 1:" in learned[1] and re.search(r"step \d+: acc@1", learned[1])
+    settings = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
+    assert settings["dvi_online"] is True and settings["exit_layer"] == 2 and settings["telemetry_max_blocks"] == 3
+    assert settings["telemetry_save_dir"].endswith("telemetry")
+    assert len(list((tmp_path / "run" / "telemetry").glob("run_serve_step*.json"))) == 3
+    for name in ("acceptance", "speed"):
+        assert len((tmp_path / "run" / "metrics" / f"{name}.csv").read_text().splitlines()) > 50
+    code, _, err = run(
+        capsys, "bench", "--drafter", "dvi", "--load-lora", str(tmp_path / "lora"), "--dvi-online", "false", "--num-prompts", "2",
+        "--max-new-tokens", "12", "--repeats", "1", "--metrics-out", str(tmp_path / "m.csv"), "--dtype", "float32",
+    )  # fmt: skip
+    assert code == 0, err
+    assert (tmp_path / "m.csv").read_text().startswith("step,acc@1,acc@2")
+    line = refused(
+        capsys, "bench", "--drafter", "dvi", "--drafter", "early-exit", "--metrics-out", str(tmp_path / "m.csv")
+    )
+    assert "--metrics-out is for one drafter, here are 2" in line
+    line = refused(capsys, "generate", "--prompt", "x", "--drafter", "dvi", "--save-lora-path", str(tmp_path / "x"))
+    assert "nothing is learned" in line
