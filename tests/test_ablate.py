@@ -422,6 +422,7 @@ def test_a_damaged_record_is_said(grid, run, tmp_path):
         run(grid())
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interruption_ends_what_runs_and_keeps_what_is_finished(grid, run, tmp_path):
     made = grid(runs={"a": {}, "waits": {"do": "interrupt", "once": 1}}, seeds=[0])
     with pytest.raises(KeyboardInterrupt):

@@ -14,9 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from training import toy
-from understudy.core.checkpoints import find_checkpoint
+from understudy.core.checkpoints import find_checkpoint, steps_of
 from understudy.core.errors import UserError
-from understudy.training import checkpoints as disk
 from understudy.training.checkpoints import Checkpoints, load_weights, read_state
 
 
@@ -196,7 +195,7 @@ def test_an_unfinished_folder_is_no_checkpoint(tmp_path):
     (tmp_path / "checkpoints" / "step_000002").mkdir()  # no config.json: somebody else's
     (tmp_path / "checkpoints" / ".step_000003.new").mkdir()
     assert find_checkpoint(tmp_path, prefer="latest").name == "step_000001"
-    assert list(disk._steps(tmp_path / "checkpoints")) == [1]
+    assert list(steps_of(tmp_path / "checkpoints")) == [1]
 
 
 def test_a_state_that_would_run_code_is_not_read(tmp_path):

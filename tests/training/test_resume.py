@@ -156,6 +156,7 @@ def test_a_signal_ends_the_step_and_saves(how, tmp_path, capsys):
     assert [signal.getsignal(s) for s in StopRequest.SIGNALS] == before
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_the_second_signal_acts_as_before():
     def twice() -> None:
         with StopRequest() as stops:
