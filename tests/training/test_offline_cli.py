@@ -145,7 +145,7 @@ def test_captured_features_train_as_live_ones_do(capsys, monkeypatch, tmp_path, 
     assert cli.main(["data", "capture", *args]) == 0
     folder = run(capsys, monkeypatch, rows, tmp_path / "run", "--features", str(stored))
     live, kept = LiveFeatures(target(), Needs(taps=frozenset({2}), last=True)), StoredFeatures(stored)
-    objective = train_kangaroo(ExitObjectiveConfig(), target(), None)
+    objective = train_kangaroo(ExitObjectiveConfig(), target(), None, lambda: torch.ones(4096, dtype=torch.int64))
     losses = []
     for index in range(len(kept)):
         batch = kept.batch(index)

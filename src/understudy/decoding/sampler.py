@@ -31,10 +31,14 @@ class RecordingSampler:
         self.draws: list[Tensor] = []
         self.laws: list[Tensor] = []
 
-    def draw(self, logits: Tensor) -> Tensor:
-        """Draft tokens [n] from raw logits [n, V]."""
+    def draw(self, logits: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Draft tokens [n] from raw logits [n, V], or [n, V_d] of the tokens `ids`: what has no column has no probability."""
         if not self.sample:
-            return laws.argmax(logits)
+            best = laws.argmax(logits)
+            return best if ids is None else ids[best]
+        if ids is not None:
+            wide = logits.new_full((logits.shape[0], self.processors.vocab_size), float("-inf"))
+            logits = wide.index_copy_(1, ids, logits)
         q = laws.law(self.processors.warp(logits))
         tokens = laws.draw(q, self.random)
         self.draws.append(tokens)

@@ -6,7 +6,7 @@ logs, measures real acceptance and saves. What is special about a method is its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,6 +47,26 @@ class StepOutput:
     loss: Tensor  # scalar: sum over supervised slots, with gradient
     count: Tensor  # scalar: number of supervised slots
     metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # name -> (sum, count), detached scalars
+    divisor: Tensor | None = None  # what the loss sum is divided by; None = `count`
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """What a drafter believes in P draft positions, at N slots of a batch where decoding would begin a cycle. All detached.
+
+    The first position drafts the token after the slot, the next one the token after that, each given the true tokens before it.
+    """
+
+    slots: Tensor  # [N] int64 into the flattened batch: the last committed token of the cycle
+    predicted: Tensor  # [P, N] int64 token ids: the drafter's argmax
+    target: Tensor  # [P, N] int64 token ids: the target's argmax over its whole vocabulary
+    pred_conf: Tensor  # [P, N] the drafter's probability of `predicted`
+    target_conf: Tensor  # [P, N] the drafter's probability of `target`; 0 if it cannot say that token
+    asked: Tensor  # [P, N] bool: decoding would ask for it, because the answer goes on that far
+    hidden: Tensor  # [N, D] the drafter's state at the first position, before its final norm
+
+
+TokenCounts = Callable[[], Tensor]  # [V] int64: how often each token is supervised in the training data. Counting takes time
 
 
 class Objective(nn.Module):
@@ -59,6 +79,18 @@ class Objective(nn.Module):
     drafter: Drafter  # the very weights under training, ready to decode: the loop measures acceptance with it
 
     def forward(self, features: Features) -> StepOutput:
+        raise NotImplementedError
+
+    def predictions(self, features: Features) -> Predictions:
+        """What the drafter says where, for people to read. Every slot that decoding could begin a cycle at, in order."""
+        raise NotImplementedError
+
+    def lengths(self, features: Features) -> Tensor:
+        """[B, T] int64: greedy drafts that would be accepted in a row in a cycle whose last committed token is the one there.
+
+        At most `drafter.steps`, and only as far as the text goes on in the mask; 0 where no cycle can begin. If training and
+        decoding agree, walking a decoded text by these numbers meets the very cycles that decoding had.
+        """
         raise NotImplementedError
 
     def servable(self) -> dict[str, str]:

@@ -32,8 +32,10 @@ class View(Protocol):
 class DraftSampler(Protocol):
     """Where drafts are chosen, so that the law they were drawn from is recorded by the engine and not claimed by the drafter."""
 
-    def draw(self, logits: Tensor) -> Tensor:
+    def draw(self, logits: Tensor, ids: Tensor | None = None) -> Tensor:
         """Draft tokens [n] from logits [n, V]: the argmax, or with `draft_sampling` a draw from the request's own law.
+
+        `ids` [V_d] int64: the token ids of the columns, where logits are [n, V_d] over a part of the vocabulary.
 
         Every token that is drawn must be proposed, in the order of the draws.
         """

@@ -20,7 +20,7 @@ import yaml
 from understudy.core.config import Config, names_of, option
 from understudy.core.errors import UserError
 from understudy.core.explain import Given, explain
-from understudy.drafting.objective import Objective
+from understudy.drafting.objective import Objective, TokenCounts
 from understudy.drafting.protocols import Drafter
 from understudy.target.target import Target
 from understudy.telemetry.options import AlignTelemetryParams
@@ -45,8 +45,8 @@ class Spec:
     build: Callable[[Any, Target, str | None], Drafter]  # (config, target, path)
     tiny: Callable[[Target], list[Drafter]]  # instances for a small target, one per mode worth testing
     takes_path: bool = False
-    objective: Callable[[Any, Target, Path | None], Objective] | None = (
-        None  # offline training: (config, target, warm start)
+    objective: Callable[[Any, Target, Path | None, TokenCounts], Objective] | None = (
+        None  # offline training: (config, target, warm start, how often each token is supervised)
     )
     objective_config: type[Config] | None = None  # the options of that
 

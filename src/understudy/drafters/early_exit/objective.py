@@ -23,7 +23,7 @@ from understudy.drafters.early_exit.config import ExitConfig
 from understudy.drafters.early_exit.drafter import ExitDrafter
 from understudy.drafters.early_exit.files import exit_layer_of, made_for, read_adapter, write_adapter
 from understudy.drafting.lora import lora_state_dict
-from understudy.drafting.objective import Batch, Features, Objective, StepOutput
+from understudy.drafting.objective import Batch, Features, Objective, StepOutput, TokenCounts
 from understudy.ops.chunks import chunked_sums
 from understudy.target.fingerprint import check_made_for
 from understudy.target.probe import probe
@@ -134,7 +134,9 @@ class ExitObjective(Objective):
             torch.save({**self.drafter.lora_extras(), "lora": lora_state_dict(self.drafter)}, path)
 
 
-def train_kangaroo(config: ExitObjectiveConfig, target: Target, start: Path | None) -> ExitObjective:
+def train_kangaroo(
+    config: ExitObjectiveConfig, target: Target, start: Path | None, counts: TokenCounts
+) -> ExitObjective:
     """A new adapter, or the one in `start`, under training."""
     if config.exit_layer >= target.layers:
         raise UserError(
