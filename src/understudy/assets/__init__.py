@@ -19,3 +19,8 @@ def pocket_path() -> Path:
 def prompts_path() -> Path:
     """The default prompt set: 200 prompts from modules that the built-in model was not trained on."""
     return _asset("prompts", "pocket.jsonl")
+
+
+def drafter_path(name: str) -> Path:
+    """The folder of a drafter of the built-in model: a checkpoint as `understudy train NAME` writes it."""
+    return _asset("drafters", name)

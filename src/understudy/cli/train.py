@@ -9,6 +9,7 @@ TRAINERS = {  # name -> (module, one line of help)
         "understudy.cli.train_kangaroo",
         "Kangaroo's adapter, offline: an attention block between exit and head.",
     ),
+    "eagle3": ("understudy.cli.train_eagle3", "EAGLE-3: a layer of its own on three hidden states of the target."),
     "dvi": ("understudy.cli.train_dvi", "A draft head that learns from accepts and rejects, online or by rollouts."),
     "dvi-rl": ("understudy.cli.train_dvi_rl", "DVI-RL: reinforcement learning on two LoRAs."),
 }

@@ -160,6 +160,15 @@ class StoredFeatures:
             plain = read_batch(path, index % self.manifest.batches_per_shard)
         return StoredBatch(plain.ids, plain.mask, plain.documents, plain.positions, index, self)
 
+    def token_counts(self, vocab_size: int, rows: int) -> Tensor:
+        """[V] int64: how often each token is under the loss mask, in batches of about `rows` rows, spread evenly over all."""
+        counts = torch.zeros(vocab_size, dtype=torch.int64)
+        most = max(1, rows // self.batch(0).ids.shape[0]) if len(self) else 0
+        for index in torch.linspace(0, len(self) - 1, min(most, len(self))).round().long().tolist():
+            batch = self.batch(index)
+            counts += torch.bincount(batch.ids[batch.mask], minlength=vocab_size)
+        return counts
+
     def __call__(self, batch: Batch) -> Features:
         """Features of a stored batch, this folder's or another's, on the batch's device and in the target's dtype."""
         assert isinstance(batch, StoredBatch), "stored features belong to stored batches: take them from StoredBatches"

@@ -7,13 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+from torch import Tensor
 
 from understudy.core.config import option
+from understudy.core.errors import UserError
+from understudy.core.records import Needs
 from understudy.data.options import DataOptions, corpus_paths
-from understudy.data.report import inspect
+from understudy.data.report import DataReport, inspect
 from understudy.data.stream import Stream, open_stream
-from understudy.drafting.objective import Batch, Objective
+from understudy.drafting.objective import Batch
 from understudy.features.live import LiveFeatures
 from understudy.features.store import StoredBatches, StoredFeatures
 from understudy.target.target import Target
@@ -32,6 +36,9 @@ class OfflineOptions(DataOptions, TrainOptions):
     init_from: Path | None = option(None, "start from the weights of this checkpoint or run")
     features: Path | None = option(
         None, "folder of `understudy data capture`: its batches and hidden states are trained on"
+    )
+    vocab_rows: int = option(
+        20_000, "rows, spread evenly over the data, whose supervised tokens are counted for a draft vocabulary", ge=1
     )
     eval_batches: int = option(8, "held-out batches for the held-out loss", ge=1)
     eval_prompts: Path | None = option(
@@ -71,32 +78,74 @@ class Fixed:
 
 
 class TrainingData:
-    """Batches, the target's part of them (live, or from stored shards), and what is held out."""
+    """Batches, the target's part of them (live, or from stored shards), and what is held out.
 
-    def __init__(self, config: OfflineOptions, target: Target, objective: Objective, ranks: Ranks) -> None:
+    An objective may depend on the data (`token_counts`), and what the data are depends on the objective's needs: open, make the
+    objective, `bind`.
+    """
+
+    batches: Batches
+    features: FeatureSource
+
+    def __init__(self, config: OfflineOptions, target: Target, ranks: Ranks) -> None:
+        """Opens files. UserError if one cannot be read, or holds what is of another target."""
         self.config, self.target, self.ranks = config, target, ranks
         self.stream: Stream | None = None
         self.held_out: HeldOut | None = None
-        self.batches: Batches
-        self.features: FeatureSource
+        self._stored: StoredFeatures | None = None
+        self._reports: dict[int, DataReport] = {}  # by the number of rows that were looked at
+        self.eval_path = config.eval_data_path
         if config.features is None:
             paths, self.eval_path = _paths(config, ranks)
             self.stream = self._stream(paths)
+        else:
+            self._stored = StoredFeatures(config.features)
+            self._stored.check(target)
+
+    def token_counts(self) -> Tensor:
+        """[V] int64: how often each token is supervised, in at most `vocab_rows` rows spread evenly over the data.
+
+        Every rank counts the same rows by itself, so whoever asks waits for nobody.
+        """
+        if self._stored is not None:
+            return self._stored.token_counts(self.target.vocab_size, self.config.vocab_rows)
+        found = torch.from_numpy(self._inspect(self.config.vocab_rows).counts)
+        if bool(found[self.target.vocab_size :].any()):
+            raise UserError(
+                f"the data hold tokens beyond the target's vocabulary of {self.target.vocab_size}: its tokenizer is another model's"
+            )
+        counts = torch.zeros(self.target.vocab_size, dtype=torch.int64)
+        known = min(len(found), len(counts))  # embeddings are padded, or a tokenizer has more than the model
+        counts[:known] = found[:known]
+        return counts
+
+    def bind(self, needs: Needs) -> None:
+        """Make batches, features and what is held out for an objective with these needs. UserError if they cannot be met."""
+        config, ranks = self.config, self.ranks
+        if self.stream is not None:
             # an epoch's batches have to be known only where they decide how long the schedule is; counting reads all the data
             counted = config.max_steps is None or config.num_epochs is not None
-            self.batches, self.features = StreamBatches(self.stream, counted), LiveFeatures(target, objective.needs)
+            self.features, self.batches = LiveFeatures(self.target, needs), StreamBatches(self.stream, counted)
             if self.eval_path is not None:
                 held = StreamBatches(self._stream([self.eval_path], shuffle=False), count=False)
                 self.held_out = Fixed(iter(held), config.eval_batches)
             return
-        self.eval_path = config.eval_data_path
-        stored = StoredFeatures(config.features, objective.needs)
-        stored.check(target)
+        assert config.features is not None
+        stored = StoredFeatures(config.features, needs)
         self.batches, self.features = StoredBatches(stored, config.seed, ranks.rank, ranks.world), stored
         if (config.features / "eval").is_dir():
-            held_out = StoredFeatures(config.features / "eval", objective.needs)
+            held_out = StoredFeatures(config.features / "eval", needs)
             mine = range(ranks.rank, len(held_out) // ranks.world * ranks.world, ranks.world)
             self.held_out = Fixed((held_out.batch(i) for i in mine), config.eval_batches)
+
+    def _inspect(self, rows: int) -> DataReport:
+        """A report on `rows` rows of the data, or all that there are. Kept, because encoding is what takes time."""
+        assert self.stream is not None
+        rows = min(rows, len(self.stream.corpus))
+        if rows not in self._reports:
+            sizes = [size for size in VOCABULARIES if size < self.target.vocab_size]
+            self._reports[rows] = inspect(self.stream.corpus, self.stream.encoder, rows, sizes)
+        return self._reports[rows]
 
     def _stream(self, paths: list[Path], shuffle: bool = True) -> Stream:
         return open_stream(
@@ -130,8 +179,7 @@ class TrainingData:
                     f"{config.features}: {manifest.tokens:,} captured tokens, {manifest.supervised:,} supervised"
                 )
             return told, self.batches.steps_per_epoch
-        sizes = [size for size in VOCABULARIES if size < self.target.vocab_size]
-        report = inspect(self.stream.corpus, self.stream.encoder, REPORT_ROWS, sizes)
+        report = self._inspect(max([REPORT_ROWS, *self._reports]))  # what was counted for a vocabulary is told, too
         if console is not None:
             console.print(report)
         report.check()

@@ -49,10 +49,12 @@ class Step(nn.Module):
         super().__init__()
         self.objective = objective
 
-    def forward(self, features: Features) -> tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    def forward(self, features: Features) -> tuple[Tensor, Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        """(loss sum, number of supervised slots, what the loss sum is divided by, metrics)."""
         out = self.objective(features)
+        divisor = out.count if out.divisor is None else out.divisor
         anchor = sum(p.flatten()[:0].sum() for p in self.objective.parameters() if p.requires_grad)
-        return out.loss + anchor, out.count, out.metrics
+        return out.loss + anchor, out.count, divisor, out.metrics
 
 
 class Ranks:

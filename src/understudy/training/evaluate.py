@@ -14,6 +14,9 @@ from understudy.training.optimizer import Masters
 from understudy.training.protocols import FeatureSource, HeldOut, Measure
 from understudy.training.rng import preserved_rng
 
+# Of the accept length, between decoding and its replay: other shapes round differently, and in bf16 near ties then fall otherwise
+TOLERANCE = 0.05
+
 
 class Sums:
     """(sum, count) per name. Values stay on their device until `ratios`, so that adding waits for nothing."""
@@ -45,7 +48,7 @@ class Sums:
 
 
 def held_out(ranks: Ranks, model: nn.Module, features: FeatureSource, batches: HeldOut) -> dict[str, float]:
-    """Loss and metrics per supervised slot of the held-out batches, of all ranks. Changes neither weights nor random state."""
+    """Loss and metrics of the held-out batches as `StepOutput` defines them, of all ranks. Changes neither weights nor random state."""
     sums = Sums()
     was = model.training
     model.eval()
@@ -54,8 +57,8 @@ def held_out(ranks: Ranks, model: nn.Module, features: FeatureSource, batches: H
             for batch in batches:
                 given = features(batch.to(ranks.device))
                 with ranks.accelerator.autocast():
-                    loss, count, metrics = model(given)
-                sums.add({**metrics, "loss": (loss, count)})
+                    loss, _, divisor, metrics = model(given)
+                sums.add({**metrics, "loss": (loss, divisor)})
     finally:
         model.train(was)
     return sums.ratios(ranks)
@@ -73,17 +76,32 @@ def measured(ranks: Ranks, model: nn.Module, masters: Masters, measure: Measure)
     return figures
 
 
-def mismatch(simulated: float, real: float) -> str | None:
-    """What to say when the accept length that training simulates is far from the measured one; None = they agree.
+def mismatch(real: float, replayed: float | None, simulated: float | None) -> tuple[str, str] | None:
+    """Why training's figures and decoding's disagree, (cause, text); None = they agree, or nothing can be said.
 
-    Accepted drafts (tau - 1) are compared. Simulation follows the text of the data and decoding the target's own, so some
-    distance is normal; half of the drafts missing is not.
+    `real` = measured accept length; `replayed` = what training says of the very texts that decoding wrote; `simulated` = what it
+    says of the data. `serving`: `replayed` differs from `real` by more than `TOLERANCE`: the drafter decodes from other inputs than
+    it is trained on. `data`: accepted drafts (tau - 1) are less than half of the simulated ones although a replay agrees: what
+    differs is the text. Without a replay the two cannot be told apart, and the cause is `unknown`.
     """
-    if simulated - 1 < 0.5 or real - 1 >= (simulated - 1) / 2:
+    if replayed is not None and abs(replayed - real) > TOLERANCE * real:
+        return "serving", (
+            f"train/serve mismatch: decoding had an accept length of {real:.2f}, and on the very texts that it wrote training says"
+            f" {replayed:.2f}. The drafter decodes from other inputs than it is trained on: look at taps, positions, masks and"
+            " whether what decodes is a stale checkpoint"
+        )
+    if simulated is None or simulated - 1 < 0.5 or real - 1 >= (simulated - 1) / 2:
         return None
-    return (
-        f"train/serve mismatch: simulated accept length {simulated:.2f}, measured {real:.2f}; the drafter sees other inputs "
-        "when it decodes than in training (chat template, thinking mode, taps, positions) or the data is not the target's own text"
+    found = f"accept length is {simulated:.2f} on the text of the data and {real:.2f} in decoding"
+    if replayed is None:
+        return "unknown", (
+            f"train/serve mismatch, or data that is not the target's own text: {found}. Look at taps, positions and masks, chat"
+            " template and thinking mode"
+        )
+    return "data", (
+        f"the data is not the target's own text: {found}, and training agrees about the text that decoding wrote. Answers were"
+        " written by somebody else, in another thinking mode or under another chat template: let the target itself answer the"
+        " prompts again and train on that"
     )
 
 

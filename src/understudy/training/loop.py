@@ -253,11 +253,13 @@ class _Loop:
         if self.measure is not None:
             found = evaluate.measured(self.ranks, keeper.model, keeper.masters, self.measure)
             values |= {f"measured/{name}": value for name, value in found.items()}
-        simulated, real = values.get("eval/tau_sim"), values.get("measured/tau")
+        real, replayed = values.get("measured/tau"), values.get("measured/tau_replayed")
+        simulated = values.get("eval/tau_sim")
         if simulated is not None and real is not None:
             values["measured/tau_gap"] = simulated - real
-            if text := evaluate.mismatch(simulated, real):
-                self._event("mismatch", f"WARNING: {text}", simulated=simulated, measured=real)
+        if real is not None and (found := evaluate.mismatch(real, replayed, simulated)):
+            figures = {"measured": real, "replayed": replayed, "simulated": simulated}
+            self._event("mismatch", f"WARNING: {found[1]}", cause=found[0], **figures)
         keeper.figures = values
         self._show(values, line=False)
         self.bar.say(f"step {at.step}: " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))

@@ -47,8 +47,9 @@ def run(spec: Spec, config: OfflineOptions, target: Target, ranks: Ranks, consol
         raise UserError(f"--resume: {config.output_dir} holds no run; leave --resume out to begin one there")
     seed_all(config.seed, 0)  # new weights are the same for the same seed, on every rank
     start = None if config.init_from is None else find_checkpoint(config.init_from)
-    objective = spec.objective(config, target, start)
-    data = TrainingData(config, target, objective, ranks)
+    data = TrainingData(config, target, ranks)
+    objective = spec.objective(config, target, start, data.token_counts)
+    data.bind(objective.needs)
     prompts = _prompts(config, target, data.eval_path)
     facts = _introduce(spec, objective, data, ranks, bool(prompts), console if ranks.main else None)
 

@@ -46,6 +46,11 @@ class TrainOptions(TrackerOptions):
     keep: int = option(3, "checkpoints kept: the newest, and beside them the best", ge=1)
     early_stop: int = option(0, "stop after so many evaluations without a better measured accept length; 0 = off", ge=0)
 
+    log_samples_interval: int = option(
+        200, "steps between detailed logs of what the drafter predicts on a fixed batch; 0 = never", ge=0
+    )
+    num_samples_to_log: int = option(5, "documents of the fixed batch that a detailed log shows", ge=1)
+
     seed: int = option(0, "seed of all random streams", ge=0)
     fsdp: bool = option(False, "several processes: shard trained weights and optimizer over them")
     verbose: bool = option(False, "print mask sums, gradient norms, what is trained, and why something is zero")

@@ -1,11 +1,12 @@
 """One optimizer step: forward and backward over its batches, normalise by the global count, clip, update.
 
-Gradients are accumulated as sums and divided once, by the number of supervised slots of all batches on all ranks:
+Gradients are accumulated as sums and divided once, over all batches on all ranks:
 
-    g = sum over ranks and batches of grad(StepOutput.loss) / sum over ranks and batches of StepOutput.count
+    g = sum over ranks and batches of grad(StepOutput.loss) / sum over ranks and batches of StepOutput.divisor
 
-so 8 batches of 1 are 1 batch of 8, and 2 processes are 1 with twice the batch, however unequally the slots are spread. A mean
-of means, as most trainers take it, weighs a slot by how few its batch has.
+where the divisor is the number of supervised slots unless an objective says otherwise. So 8 batches of 1 are 1 batch of 8, and 2 processes are 1 with twice the batch, however unequally the slots are spread. A mean
+of means, as most trainers take it, weighs a slot by how few its batch has. A step without a supervised slot teaches nothing and
+is skipped, whatever its divisor.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from understudy.training.protocols import FeatureSource
 class StepReport:
     """What one step did; the same on every rank."""
 
-    loss: float  # per supervised slot; nan when there is none
+    loss: float  # divided as `StepOutput` says: per supervised slot, as a rule; nan when there is none
     count: int  # supervised slots of all ranks
     masked: int  # tokens of the loss mask, of all ranks
     tokens: int  # tokens that are no padding, of all ranks
@@ -54,21 +55,21 @@ def take_step(
 
     `max_norm` 0 = no clipping. A collective: every rank brings equally many batches.
     """
-    local = torch.zeros(6, dtype=torch.float32 if ranks.device.type == "mps" else torch.float64, device=ranks.device)
+    local = torch.zeros(7, dtype=torch.float32 if ranks.device.type == "mps" else torch.float64, device=ranks.device)
     mine = Sums()
     for i, batch in enumerate(group):
         batch = batch.to(ranks.device)
         with torch.no_grad():
             given = features(batch)
         with ranks.accumulating(model, last=i == len(group) - 1):
-            loss, count, metrics = model(given)
+            loss, count, divisor, metrics = model(given)
             ranks.accelerator.backward(loss)
-        count = torch.as_tensor(count, device=loss.device)
-        mine.add({**metrics, "loss": (loss, count)})
-        facts = (loss.detach(), count, batch.mask.sum(), (batch.documents >= 0).sum(), count == 0)
-        local[:5] += torch.stack([fact.to(local.dtype) for fact in facts])
-    local[5] = float(stop())
-    loss_sum, slots, masked, tokens, empty, stops = ranks.total(local)
+        count, divisor = (torch.as_tensor(x, device=loss.device) for x in (count, divisor))
+        mine.add({**metrics, "loss": (loss, divisor)})
+        facts = (loss.detach(), divisor, count, batch.mask.sum(), (batch.documents >= 0).sum(), count == 0)
+        local[:6] += torch.stack([fact.to(local.dtype) for fact in facts])
+    local[6] = float(stop())
+    loss_sum, parts, slots, masked, tokens, empty, stops = ranks.total(local)
 
     norm, skipped = 0.0, None
     if not math.isfinite(loss_sum):
@@ -77,11 +78,11 @@ def take_step(
         skipped = "empty"
     else:
         # data-parallel wrappers average gradients over ranks; the sum is wanted
-        norm, skipped = _update(params, optimizer, ranks, ranks.world / slots, max_norm)
+        norm, skipped = _update(params, optimizer, ranks, ranks.world / parts, max_norm)
     if skipped != "not finite":  # one such step would make the figures of all others of its log line nan
         sums.add(mine.pairs())
     optimizer.zero_grad(set_to_none=True)
-    mean = loss_sum / slots if slots else math.nan
+    mean = loss_sum / parts if slots else math.nan
     return StepReport(mean, int(slots), int(masked), int(tokens), int(empty), norm, skipped, stops > 0)  # type: ignore[arg-type]
 
 

@@ -23,7 +23,8 @@ from understudy.drafters.early_exit.config import ExitConfig
 from understudy.drafters.early_exit.drafter import ExitDrafter
 from understudy.drafters.early_exit.files import exit_layer_of, made_for, read_adapter, write_adapter
 from understudy.drafting.lora import lora_state_dict
-from understudy.drafting.objective import Batch, Features, Objective, StepOutput, TokenCounts
+from understudy.drafting.objective import Batch, Features, Objective, Predictions, StepOutput, TokenCounts
+from understudy.ops import laws
 from understudy.ops.chunks import chunked_sums
 from understudy.target.fingerprint import check_made_for
 from understudy.target.probe import probe
@@ -51,16 +52,22 @@ def supervised(batch: Batch) -> Tensor:
     return out
 
 
-def runs(right: Tensor, slots: Tensor, most: int) -> Tensor:
-    """[B, T] float: how many slots in a row, from each slot on, are supervised and right; at most `most`.
+def begins(batch: Batch) -> Tensor:
+    """[B, T] bool: slots whose token decoding would begin a cycle after: one of the assistant's, which another one follows."""
+    return supervised(batch) & batch.mask
 
-    `right`, `slots` [B, T] bool. A slot that is not supervised ends a run, so no run leaves its document.
+
+def runs(right: Tensor, slots: Tensor, most: int, sure: Tensor | None = None) -> Tensor:
+    """[B, T] float: drafts that are accepted in a row from each slot on; at most `most`.
+
+    `right`, `slots`, `sure` [B, T] bool. A slot that is not in `slots` ends a run, so no run leaves its document; after one that
+    is right but not `sure` drafting stops, and it counts.
     """
     ok = (right & slots).float()
-    run, total = ok, ok.clone()
-    for _ in range(1, most):
-        run = ok * F.pad(run[:, 1:], (0, 1))  # 1 where the run goes on for one slot more
-        total += run
+    goes_on = ok if sure is None else ok * sure
+    total = ok
+    for _ in range(1, most):  # drafts of a run of k + 1: this one, and a run of k from the next slot on
+        total = ok + goes_on * F.pad(total[:, 1:], (0, 1))
     return total
 
 
@@ -93,7 +100,7 @@ class ExitObjective(Objective):
         slots = supervised(batch)
         reads = self.reads(features)
         count = slots.sum()
-        right = torch.zeros_like(slots)
+        right, sure = torch.zeros_like(slots), torch.zeros_like(slots)
         if not count:
             zero = reads.sum() * 0.0
             return StepOutput(zero.float(), count, {})
@@ -104,6 +111,7 @@ class ExitObjective(Objective):
                 agree = teacher.argmax(-1)
             logits = self.drafter.head_logits(read).float()
             right.view(-1)[at] = logits.detach().argmax(-1) == agree
+            sure.view(-1)[at] = self._sure(logits.detach())
             loss = -(teacher.softmax(-1) * F.log_softmax(logits, -1)).sum(-1)
             entropy = -(teacher.softmax(-1) * F.log_softmax(teacher, -1)).sum(-1)
             overlap = torch.minimum(teacher.softmax(-1), logits.softmax(-1)).sum(-1)
@@ -112,7 +120,7 @@ class ExitObjective(Objective):
         at = slots.flatten().nonzero()[:, 0]
         flat = chunked_sums(sums, self.config.loss_chunk, reads.flatten(0, 1)[at], features.last.flatten(0, 1)[at], at)
         loss, entropy, overlap = flat.unbind()
-        length = runs(right, slots, self.drafter.steps)
+        length = runs(right, slots, self.drafter.steps, sure)
         metrics = {
             "kl": ((loss - entropy).detach(), count),
             "acc_1": (right.sum(), count),
@@ -120,6 +128,45 @@ class ExitObjective(Objective):
             "tau_sim": ((1 + length)[slots].sum(), count),
         }
         return StepOutput(loss, count, metrics)
+
+    def _sure(self, logits: Tensor) -> Tensor:
+        """[n] bool of logits [n, V]: drafting goes on after such a draft."""
+        most = torch.exp(logits.float().amax(-1) - logits.float().logsumexp(-1))
+        return most >= self.drafter.config.threshold
+
+    @torch.no_grad()
+    def predictions(self, features: Features) -> Predictions:
+        assert features.last is not None
+        last, seen = features.last.flatten(0, 1), list[Tensor]()
+        if self.drafter.adapter is None:
+            reads, hidden = self.reads(features), features.taps[self.exit_layer]
+        else:
+            with self.drafter.adapter.norm.register_forward_pre_hook(lambda _, given: seen.append(given[0])):
+                reads = self.reads(features)
+            hidden = seen[0]
+        slots = begins(features.batch).flatten().nonzero()[:, 0]
+        tokens, beliefs = list[Tensor](), list[Tensor]()
+        for at in slots.split(self.config.loss_chunk):
+            law = self.drafter.head_logits(reads.flatten(0, 1)[at]).float().softmax(-1)
+            both = torch.stack([law.argmax(-1), self.drafter.target.head(last[at]).argmax(-1)])
+            tokens.append(both)
+            beliefs.append(law.gather(1, both.T).T)
+        predicted, target = torch.cat(tokens, dim=1)[:, None].unbind()
+        pred_conf, target_conf = torch.cat(beliefs, dim=1)[:, None].unbind()
+        asked = torch.ones_like(predicted, dtype=torch.bool)
+        return Predictions(slots, predicted, target, pred_conf, target_conf, asked, hidden.flatten(0, 1)[slots])
+
+    @torch.no_grad()
+    def lengths(self, features: Features) -> Tensor:
+        """See `Objective`. A draft is accepted where it is the token that the text has: if the target wrote it, that is its choice."""
+        slots = begins(features.batch)
+        reads, ids = self.reads(features).flatten(0, 1), features.batch.ids.flatten()
+        right, sure = torch.zeros_like(slots), torch.zeros_like(slots)
+        for at in slots.flatten().nonzero()[:, 0].split(self.config.loss_chunk):
+            logits = self.drafter.head_logits(reads[at])
+            right.view(-1)[at] = laws.argmax(logits) == ids[at + 1]
+            sure.view(-1)[at] = self._sure(logits)
+        return runs(right, slots, self.drafter.steps, sure).long()
 
     def servable(self) -> dict[str, str]:
         reason = "it has no early exit: drafts need the target's own first layers and their cache"

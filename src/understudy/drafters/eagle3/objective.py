@@ -1,0 +1,206 @@
+"""EAGLE-3's training objective: the training-time test (Li et al., 2025, section 3.2).
+
+    loss = sum_k decay^k sum_t l(p_{t+1+k}, q_t^k) / N,    l = - sum_v p(v) log q(v) by default
+
+q_t^k = what the drafter says at unrolled step k of the chain that begins at slot t, p_u = softmax of the target's logits after token u, over
+the draft vocabulary. Slot t drafts x_{t+2+k}, given x_{t+1} and the target's states up to t.
+
+**The mask is exact.** A chain begins at slot t only where decoding begins one: x_{t+1} is committed text of the assistant. Step k is
+asked for only if the answer goes on that far. So (t, k) is supervised iff x_{t+1} .. x_{t+2+k} all belong to the mask and to one document.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from understudy.core.records import Needs
+from understudy.drafters.eagle3.config import Eagle3ObjectiveConfig
+from understudy.drafters.eagle3.drafter import Eagle3Drafter
+from understudy.drafters.eagle3.files import write_drafter
+from understudy.drafters.eagle3.layout import servable
+from understudy.drafting.objective import Batch, Features, Objective, Predictions, StepOutput
+from understudy.ops.chunks import chunked_sums
+
+SUMS = ("loss", "lossy", "right", "overlap")  # per step: summed loss, slots in it, hits, summed acceptance rate
+
+
+def asked(batch: Batch, steps: int) -> Tensor:
+    """[K, B, T] bool: decoding asks step k of the chain that begins at slot t."""
+    mask, documents = batch.mask, batch.documents
+
+    def ahead(by: int) -> Tensor:
+        """[B, T]: token t + by is the assistant's and of the same document."""
+        by = min(by, mask.shape[1])
+        same = F.pad(documents[:, by:], (0, by), value=-1) == documents
+        return F.pad(mask[:, by:], (0, by), value=False) & same & (documents >= 0)
+
+    goes_on = ahead(1)
+    found = []
+    for k in range(steps):
+        goes_on = goes_on & ahead(2 + k)
+        found.append(goes_on)
+    return torch.stack(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Aligned:
+    """Slots regrouped by teacher row: all steps that are taught by the target's law after token u stand together."""
+
+    at: Tensor  # [N] the teacher rows u, in the flattened batch
+    last: Tensor  # [N, D] the target's last hidden state there
+    outs: Tensor  # [N, K, H] the drafter's output at step k of the chain that begins at slot u - 1 - k
+    asked: Tensor  # [N, K] bool
+
+
+def aligned(features: Features, outs: list[Tensor], wanted: Tensor) -> Aligned:
+    """`outs` [K][B, T, H], `wanted` [K, B, T]: by teacher row, those that teach anything."""
+    assert features.last is not None
+    shifted = torch.stack([F.pad(w[:, : -1 - k], (1 + k, 0)) if k + 1 < w.shape[1] else w & False for k, w in enumerate(wanted)], -1)
+    by_row = shifted.flatten(0, 1)  # [B T, K]
+    at = by_row.any(-1).nonzero()[:, 0]
+    picked = [out.flatten(0, 1)[(at - 1 - k).clamp_min(0)] for k, out in enumerate(outs)]
+    return Aligned(at, features.last.flatten(0, 1)[at], torch.stack(picked, 1), by_row[at])
+
+
+class Eagle3Objective(Objective):
+    """Trains an `Eagle3Drafter`."""
+
+    def __init__(self, drafter: Eagle3Drafter, config: Eagle3ObjectiveConfig) -> None:
+        super().__init__()
+        self.drafter: Eagle3Drafter = drafter
+        self.config = config
+        self.needs = Needs(taps=frozenset(drafter.model.taps), last=True)
+        drafter.requires_grad_(True)
+        drafter.model.lm_head.requires_grad_(config.train_head)
+        if drafter.model.embed_tokens is not None:
+            drafter.model.embed_tokens.requires_grad_(False)
+
+    def _unroll(self, features: Features, steps: int) -> list[Tensor]:
+        model = self.drafter.model
+        taps = torch.cat([features.taps[tap] for tap in model.taps], -1)
+        return model.unroll(taps, features.batch, steps, self.config.checkpoint_steps and self.training)
+
+    def _teacher(self, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[C, D] -> (log p over the whole vocabulary, of the draft tokens [C, V_d]; the same over those alone; argmax [C])."""
+        with torch.no_grad():
+            logits = self.drafter.target.head(last).float()
+            best = logits.argmax(-1)
+            whole = logits.log_softmax(-1)
+            ids = self.drafter.model.ids
+            if ids is None:
+                return whole, whole, best
+            return whole[:, ids], logits[:, ids].log_softmax(-1), best
+
+    def _said(self, logits: Tensor) -> Tensor:
+        """The tokens [M] that the drafter finds likeliest, of logits [M, V_d]."""
+        best, ids = logits.argmax(-1), self.drafter.model.ids
+        return best if ids is None else ids[best]
+
+    def _losses(self, log_q: Tensor, whole: Tensor, alone: Tensor) -> tuple[Tensor, Tensor]:
+        """[M, V_d] each -> (loss [M], acceptance rate sum_v min(p, q) [M])."""
+        overlap = torch.minimum(whole.exp(), log_q.exp()).sum(-1)
+        kind = self.config.loss_type
+        if kind == "tv":  # 1 - sum_v min(p, q) = half of |p - q|, outside the draft vocabulary q = 0
+            return 1 - overlap, overlap
+        if kind == "lk":
+            return -overlap.clamp_min(1e-6).log(), overlap
+        cross = -(alone.exp() * log_q).sum(-1)
+        if kind == "kl":
+            cross = cross + (alone.exp() * alone).sum(-1)
+        return cross, overlap
+
+    def forward(self, features: Features) -> StepOutput:
+        config, batch = self.config, features.batch
+        steps = config.ttt_length
+        wanted = asked(batch, steps)
+        outs = self._unroll(features, steps)
+        count = wanted[0].sum()
+        divisor = (batch.documents >= 0).sum() if config.loss_normalizer == "all" else None
+        if not count:
+            return StepOutput(sum((out.float().sum() for out in outs), torch.zeros(())) * 0.0, count, {}, divisor)
+        right = torch.zeros_like(wanted).flatten(1)
+        model, t2d = self.drafter.model, self.drafter.model.t2d
+        align = aligned(features, outs, wanted)
+
+        def sums(at: Tensor, last: Tensor, outs: Tensor, asks: Tensor) -> Tensor:
+            rows, step = asks.nonzero(as_tuple=True)
+            whole, alone, best = self._teacher(last)
+            logits = model.logits(outs[rows, step]).float()
+            hit = self._said(logits.detach()) == best[rows]
+            right[step, at[rows] - 1 - step] = hit
+            loss, overlap = self._losses(logits.log_softmax(-1), whole[rows], alone[rows])
+            inside = torch.ones_like(hit) if t2d is None or config.out_of_vocab == "keep" else t2d[best[rows]]
+            parts = torch.stack([loss * inside, inside.float(), hit.float(), overlap.detach()])
+            return torch.zeros(len(SUMS), steps, device=loss.device).index_add(1, step, parts).flatten()
+
+        chunk = max(1, config.loss_chunk // steps)
+        flat = chunked_sums(sums, chunk, align.at, align.last, align.outs, align.asked)
+        found = dict(zip(SUMS, flat.view(len(SUMS), steps), strict=True))
+        decay = config.ttt_decay ** torch.arange(steps, device=flat.device)
+        metrics = self._metrics({name: x.detach() for name, x in found.items()}, right.view_as(wanted), wanted)
+        return StepOutput((found["loss"] * decay).sum(), count, metrics, divisor)
+
+    @staticmethod
+    def _metrics(found: dict[str, Tensor], right: Tensor, wanted: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Marginal, conditional and joint accuracy per position, never mixed; the latter's sum + 1 is the simulated tau."""
+        cycles = wanted[0].sum()
+        before = wanted[0]
+        metrics = {"tau_sim": (cycles + (right & wanted).long().cumprod(0).sum(), cycles)}
+        for k in range(len(wanted)):
+            tried = before & wanted[k]
+            before = tried & right[k]
+            asks = wanted[k].sum()
+            metrics |= {
+                f"acc_{k}": (found["right"][k], asks),
+                f"ploss_{k}": (found["loss"][k], found["lossy"][k]),
+                f"overlap_{k}": (found["overlap"][k], asks),
+                f"cond_acc_{k}": (before.sum(), tried.sum()),
+                f"joint_acc_{k}": (before.sum(), cycles),
+            }
+        return metrics
+
+    @torch.no_grad()
+    def _look(self, features: Features, steps: int) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
+        """(asked [K, B, T], what was said and meant there [K, B T] by name, outputs), for reading; logits in chunks."""
+        wanted = asked(features.batch, steps)
+        outs = self._unroll(features, steps)
+        model, ids, align = self.drafter.model, self.drafter.model.ids, aligned(features, outs, wanted)
+        size = wanted[0].numel()
+        said = {name: torch.zeros(steps, size, dtype=torch.int64, device=wanted.device) for name in ("predicted", "target")}
+        said |= {name: torch.zeros(steps, size, device=wanted.device) for name in ("pred_conf", "target_conf")}
+        chunk = max(1, self.config.loss_chunk // steps)
+        for at, last, states, asks in zip(*(x.split(chunk) for x in (align.at, align.last, align.outs, align.asked)), strict=True):
+            rows, step = asks.nonzero(as_tuple=True)
+            best = self._teacher(last)[2][rows]
+            q = model.logits(states[rows, step]).float().softmax(-1)
+            slot = at[rows] - 1 - step
+            column = best if ids is None else torch.searchsorted(ids, best).clamp_max(len(ids) - 1)
+            sayable = torch.ones_like(best, dtype=torch.bool) if ids is None else ids[column] == best
+            said["predicted"][step, slot], said["target"][step, slot] = self._said(q), best
+            said["pred_conf"][step, slot] = q.amax(-1)
+            said["target_conf"][step, slot] = q.gather(1, column[:, None])[:, 0] * sayable
+        return wanted, said, outs
+
+    def predictions(self, features: Features) -> Predictions:
+        wanted, said, outs = self._look(features, self.config.ttt_length)
+        slots = wanted[0].flatten().nonzero()[:, 0]
+        picked = {name: x[:, slots] for name, x in said.items()}
+        return Predictions(slots + 1, **picked, asked=wanted.flatten(1)[:, slots], hidden=outs[0].flatten(0, 1)[slots])
+
+    def lengths(self, features: Features) -> Tensor:
+        wanted, said, _ = self._look(features, self.drafter.steps)
+        hits = (said["predicted"] == said["target"]).view_as(wanted) & wanted
+        runs = hits.long().cumprod(0).sum(0)
+        return F.pad(runs[:, :-1], (1, 0))
+
+    def servable(self) -> dict[str, str]:
+        return servable(self.drafter.model.config)
+
+    def save(self, folder: Path) -> None:
+        write_drafter(self.drafter.model, folder)
+
