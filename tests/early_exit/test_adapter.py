@@ -191,15 +191,15 @@ def test_what_is_no_adapter_is_refused_in_one_line(tmp_path):
     refused(good | {"layers.0.mlp.up_proj.weight": torch.ones(2)}, "no weight of a Kangaroo adapter")
     refused(good | {"norm.weight": torch.ones(3)}, r"norm.weight is \[3\], expected \[32\]")
     (tmp_path / "model.safetensors").write_bytes(b"half a file")
-    with pytest.raises(UserError, match="cannot read the adapter"):
+    with pytest.raises(UserError, match="cannot read the weights"):
         read_adapter(tmp_path, target)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="holds no adapter"):
+    with pytest.raises(UserError, match="holds no weights"):
         read_adapter(tmp_path, target)
     torch.save(
         {"norm.weight": torch.nn.Linear(2, 2)}, tmp_path / "pytorch_model.bin"
     )  # a pickled object: never executed
-    with pytest.raises(UserError, match="cannot read the adapter"):
+    with pytest.raises(UserError, match="cannot read the weights"):
         read_adapter(tmp_path, target)
     config = json.loads((tmp_path / "config.json").read_text())
     for change, match in (({"hidden_size": 64}, "hidden size 64"), ({"num_hidden_layers": 2}, "one layer")):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from understudy.telemetry.predictions import (
+    BROKEN,
     COLUMNS,
+    HIGH_CONFIDENCE,
+    LEARNING,
+    LEARNING_ACCURACY,
+    LEARNING_GAP,
+    MORE,
+    WELL,
+    WELL_ACCURACY,
+    WELL_GAP,
+    WRONG,
+    WRONG_GAP,
     Draft,
     Sample,
     Summary,
@@ -120,6 +133,42 @@ def test_verdicts(gap, accuracy, says):
 def test_what_cannot_be_seen_is_shown():
     assert visible("a b\n\tc\r\x07\u2028é→") == "a b↵⇥c⇤<U+0007><U+2028>é→"
     assert visible_token(" the\n\n ") == "␣the↵↵␣"
+
+
+# the page about it
+
+
+def page() -> str:
+    return (Path(__file__).parents[2] / "docs" / "training-logs.md").read_text(encoding="utf-8")
+
+
+def test_the_pages_example_is_what_is_written():
+    drafts = [Draft(0, "␣and", "␣and", True, 0.892, 0.892), Draft(1, "␣today", "␣there", False, 0.645, 0.234)]
+    wanted = block(200, [Sample("The quick brown fox jumps over the lazy dog...", drafts)], OF)
+    assert f"```\n{wanted}```" in page()
+    for row in rows(200, SAMPLES[:1], OF):
+        assert "| " + " | ".join(map(str, row)) + " |" in page()
+
+
+def test_the_page_explains_every_name_and_threshold():
+    text = page()
+    head = "| " + " | ".join(COLUMNS) + " |"
+    assert head in text
+    explained = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+    shown = ["step", "sample", "draft_position"]  # say what they are
+    assert sorted(explained) == sorted(set(COLUMNS) - set(shown))
+    ones = torch.ones(1, 1)
+    for key in summary(ones.bool(), ones, ones, ones.bool(), ones).scalars:
+        assert f"`{key.replace('pos_0', 'pos_X')}`" in text
+    verdicts = dict(re.findall(r"^\| `(→ [^`]*)` \| (.*) \|$", text, re.MULTILINE))
+    assert verdicts == {
+        WELL: f"at least {WELL_GAP} | at least {WELL_ACCURACY:.0%}",
+        LEARNING: f"at least {LEARNING_GAP} | at least {LEARNING_ACCURACY:.0%}",
+        MORE: f"at least {WRONG_GAP} | any",
+        WRONG: f"below {WRONG_GAP} | any",
+        BROKEN: "not a number | any",
+    }
+    assert f"gave more than {HIGH_CONFIDENCE} to a token" in text
 
 
 # scalars

@@ -74,11 +74,13 @@ FIGURES = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
-def test_two_processes_are_one_with_twice_the_batch(fsdp, tmp_path):
+@pytest.mark.parametrize(
+    ("fsdp", "by_tokens"), [(False, False), (True, False), (False, True)], ids=["ddp", "fsdp", "ddp-divisor"]
+)
+def test_two_processes_are_one_with_twice_the_batch(fsdp, by_tokens, tmp_path):
     """Ragged counts, batches without supervision on one rank, and a weight that no batch reaches."""
-    log = alone(tmp_path / "one", unused=True)
-    two = launch(tmp_path / "two", fsdp=fsdp, toy={"unused": True})
+    log = alone(tmp_path / "one", unused=True, by_tokens=by_tokens)
+    two = launch(tmp_path / "two", fsdp=fsdp, toy={"unused": True, "by_tokens": by_tokens})
     assert two["step"] == 4 and two["reason"] == "done"
     every = toy.held(toy.Toy(unused=True))
     assert two["held"] == every if not fsdp else every / 2 <= two["held"] < 0.6 * every

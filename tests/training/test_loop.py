@@ -67,6 +67,44 @@ def test_a_step_is_the_mean_over_all_its_slots_however_it_is_cut(size, accumulat
     assert not same(objective, oracle(5, 8, OPTIONS, mean_of_means=True), atol=2e-3), "rows are too alike to tell"
 
 
+def gradients(tmp_path: Path, groups: list[int], **toy_options: Any) -> tuple[dict[str, Any], float]:
+    """What a step on the first eight rows, cut into `groups`, moves plain SGD of rate 1 by, and the loss that it tells."""
+    objective, ranks = toy.Toy(**toy_options), Ranks(TrainOptions(output_dir=tmp_path), "cpu")
+    params = {n: p for n, p in objective.named_parameters() if p.requires_grad}
+    before, rows = toy.weights(objective), iter(range(8))
+    group = [toy.Rows().batch([next(rows) for _ in range(size)]) for size in groups]
+    sgd = torch.optim.SGD(params.values(), lr=1.0)
+    report = take_step(group, ranks.wrap(objective), toy.features, params, sgd, ranks, 0.0, Sums(), lambda: False)
+    return {n: before[n] - p.detach() for n, p in params.items()}, report.loss
+
+
+@pytest.mark.parametrize("by_tokens", [False, True])
+def test_a_loss_is_divided_by_what_the_objective_says(by_tokens, tmp_path):
+    """`StepOutput.divisor` summed over the step, like the loss: all tokens here, or the slots where it is None."""
+    batch = toy.Rows().batch(list(range(8)))
+    out = toy.Toy()(Features(batch, {}, toy.TABLE[batch.ids]))
+    divisor = int((batch.documents >= 0).sum()) if by_tokens else int(out.count)
+    assert int(out.count) < int((batch.documents >= 0).sum())
+    objective = toy.Toy()
+    (objective(Features(batch, {}, toy.TABLE[batch.ids])).loss / divisor).backward()
+    wanted = {n: p.grad for n, p in objective.named_parameters() if p.requires_grad}
+    for groups in ([1] * 8, [8], [3, 1, 4]):
+        found, loss = gradients(tmp_path, groups, by_tokens=by_tokens)
+        assert loss == pytest.approx(out.loss.item() / divisor, rel=1e-5)
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_held_out_loss_is_divided_alike_and_slots_are_counted_as_ever(tmp_path):
+    _, _, log = toy.run(tmp_path, objective=toy.Toy(by_tokens=True), max_steps=1, eval_interval=1, held_out=True)
+    rows, objective = list(toy.Rows(8, 2)), toy.Toy().eval()
+    outputs = [objective(Features(b, {}, toy.TABLE[b.ids])) for b in rows]
+    tokens = sum(int((b.documents >= 0).sum()) for b in rows)
+    assert log.of("eval/loss")[0] == pytest.approx(sum(o.loss.item() for o in outputs) / tokens, rel=1e-6)
+    first = next(iter(toy.Rows(size=2)))
+    assert log.of("train/supervised")[1] == int(first.mask.sum())
+
+
 def test_the_logged_loss_is_per_slot(tmp_path):
     _, _, log = toy.run(tmp_path, max_steps=1, batch_size=1, gradient_accumulation_steps=4, log_interval=1)
     objective, batches = toy.Toy(), list(toy.Rows(size=1))[:4]
@@ -333,9 +371,42 @@ def test_looking_leaves_no_trace_in_what_is_learned(tmp_path):
 
 def test_a_gap_between_simulation_and_measurement_is_named(tmp_path, capsys):
     _, _, log = toy.run(tmp_path, num_epochs=4, eval_interval=32, held_out=True, measure=lambda: {"tau": 1.1})
-    assert log.kinds("mismatch")[0]["step"] == 32 and "train/serve mismatch" in capsys.readouterr().err
-    assert mismatch(3.0, 2.1) is None and mismatch(1.4, 1.0) is None
-    assert "simulated accept length 3.00, measured 1.90" in str(mismatch(3.0, 1.9))
+    event = log.kinds("mismatch")[0]
+    assert event["step"] == 32 and event["cause"] == "unknown" and event["measured"] == 1.1
+    assert "WARNING: train/serve mismatch, or data that is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("real", "replayed", "simulated", "cause", "says"),
+    [
+        (2.1, None, 3.0, None, ""),
+        (1.0, None, 1.4, None, ""),
+        (1.9, None, 3.0, "unknown", "is 3.00 on the text of the data and 1.90 in decoding"),
+        (1.9, None, None, None, ""),
+        (1.9, 1.9, 3.0, "data", "let the target itself answer"),
+        (1.9, 1.98, 3.0, "data", "not the target's own text"),  # within 5 %
+        (1.9, 1.7, 1.9, "serving", "on the very texts that it wrote training says 1.70"),
+        (1.9, 2.01, None, "serving", "taps, positions, masks and whether what decodes is a stale checkpoint"),
+        (1.2, 3.0, 3.0, "serving", "train/serve mismatch: decoding had an accept length of 1.20"),
+        (2.5, 2.5, 2.4, None, ""),
+        (1.0, 1.0, None, None, ""),
+    ],
+)
+def test_causes_of_a_mismatch(real, replayed, simulated, cause, says):
+    found = mismatch(real, replayed, simulated)
+    assert (None if found is None else found[0]) == cause
+    assert found is None or says in found[1]
+
+
+def test_a_replay_that_differs_is_an_event(tmp_path, capsys):
+    taus = iter([{"tau": 2.0, "tau_replayed": 2.01}, {"tau": 2.0, "tau_replayed": 2.3}])
+    _, _, log = toy.run(tmp_path, max_steps=8, eval_interval=8, measure=lambda: next(taus))
+    assert log.of("measured/tau_replayed") == {0: 2.01, 8: 2.3}
+    (event,) = log.kinds("mismatch")
+    assert event | {"text": ""} == {
+        "step": 8, "text": "", "cause": "serving", "measured": 2.0, "replayed": 2.3, "simulated": None
+    }  # fmt: skip
+    assert event["text"] in capsys.readouterr().err.replace("\n", " ")
 
 
 # -- options

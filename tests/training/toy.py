@@ -45,12 +45,15 @@ class ToyDrafter(Drafter):
 
 
 class Toy(Objective):
-    """Cross-entropy of the next token at masked positions. `unused` is a weight that no batch reaches."""
+    """Cross-entropy of the next token at masked positions. `unused` is a weight that no batch reaches; `by_tokens`: the loss is
+    divided by all tokens, supervised or not."""
 
     needs = Needs(last=True)
 
-    def __init__(self, dropout: float = 0.0, dtype: torch.dtype = torch.float32, unused: bool = False) -> None:
+    def __init__(self, dropout: float = 0.0, dtype: torch.dtype = torch.float32, unused: bool = False,
+                 by_tokens: bool = False) -> None:  # fmt: skip
         super().__init__()
+        self.by_tokens = by_tokens
         with torch.random.fork_rng():
             torch.manual_seed(7)
             self.drafter = ToyDrafter(dtype)
@@ -70,7 +73,9 @@ class Toy(Objective):
         if self.training:
             self.seen += count
         right = ((logits.argmax(-1) == wanted) & mask).sum()
-        return StepOutput((each * mask).sum(), count, {"acc_0": (right, count), "tau_sim": (right + count, count)})
+        metrics = {"acc_0": (right, count), "tau_sim": (right + count, count)}
+        divisor = (batch.documents >= 0).sum() if self.by_tokens else None
+        return StepOutput((each * mask).sum(), count, metrics, divisor)
 
     def save(self, folder: Path) -> None:
         (folder / "config.json").write_text('{"model_type": "toy"}')

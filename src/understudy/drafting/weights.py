@@ -1,22 +1,28 @@
-"""Reading the weights of a drafter's checkpoint, however its maker stored them, and writing ours."""
+"""Reading a drafter's checkpoint, however its maker stored it, and writing ours."""
 
 from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import LlamaConfig
 
 from understudy.core.errors import UserError
 from understudy.core.files import replacing
 
-SAFE, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
+INDICES = (f"{SAFE}.index.json", f"{PICKLED}.index.json")
+PREFIXES = ("module.", "draft_model.", "model.")  # of wrappers that a drafter was inside of when it was saved
+BUFFERS = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")  # some releases carry them
+POINTER = b"version https://git-lfs"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -25,7 +31,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; a drafter's folder has config.json and {SAFE}") from None
+        raise UserError(
+            f"cannot read {path}: {error.strerror}; a drafter's folder has config.json and {SAFE}"
+        ) from None
     except ValueError:
         raise UserError(f"{path} is not JSON") from None
     if not isinstance(values, dict):
@@ -33,26 +41,47 @@ def read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint by name: one safetensors file, several with an index, or a torch file of plain tensors."""
+def llama_config(values: Mapping[str, Any], folder: Path) -> Any:
+    """`values` as a `LlamaConfig`. UserError if transformers refuses them."""
     try:
-        if (folder / SAFE).exists():
-            return load_file(folder / SAFE)
-        if (folder / INDEX).exists():
-            places: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            shards = {name: load_file(folder / name) for name in sorted(set(places.values()))}
-            return {key: shards[name][key] for key, name in places.items()}
-        loaded = torch.load(folder / PICKLED, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        missing = Path(error.filename).name if error.filename else SAFE
-        if missing != PICKLED:
-            raise UserError(f"{folder} lacks {missing}, which its index names") from None
-        raise UserError(f"{folder} holds no weights: neither {SAFE} nor {INDEX} nor {PICKLED} is there") from None
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read the weights in {folder}: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise UserError(f"{folder / PICKLED} holds no weights")
-    return loaded
+        return LlamaConfig(**values)
+    except (StrictDataclassError, ValueError, TypeError, KeyError, ArithmeticError) as error:
+        raise UserError(f"{folder / 'config.json'} is refused: {' '.join(str(error).split())[:200]}") from None
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint by name, on the CPU: one safetensors file, several with an index, or torch files of plain tensors.
+
+    UserError if there are none, or if a file is not whole.
+    """
+    if (folder / SAFE).exists():
+        return _file(folder / SAFE)
+    for name in INDICES:
+        if (folder / name).exists():
+            return _indexed(folder, folder / name)
+    if (folder / PICKLED).exists():
+        return _file(folder / PICKLED)
+    raise UserError(f"{folder} holds no weights: neither {SAFE} nor {INDICES[0]} nor {PICKLED} is there")
+
+
+def renamed(tensors: Mapping[str, Tensor], name: Callable[[str], str], where: Path) -> dict[str, Tensor]:
+    """Tensors by `name` of their names without wrappers' prefixes; rotary tables are left out. UserError where two get one name."""
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if key.endswith(BUFFERS):
+            continue
+        new = name(bare(key))
+        if new in found:
+            raise UserError(f"{where}: two of its tensors are {new}; the checkpoint holds two drafters, or is damaged")
+        found[new] = tensor
+    return found
+
+
+def bare(key: str) -> str:
+    """The name of a tensor without prefixes of wrappers."""
+    while (prefix := next((p for p in PREFIXES if key.startswith(p)), None)) is not None:
+        key = key[len(prefix) :]
+    return key
 
 
 def write_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -70,3 +99,38 @@ def made_for(folder: Path) -> str | None:
         return None
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"cannot read {folder / 'understudy.json'}: it is damaged, or no drafter's") from None
+
+
+def _indexed(folder: Path, index: Path) -> dict[str, Tensor]:
+    """The tensors that an index names, from the files that it names."""
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError):
+        places = None
+    if not isinstance(places, dict) or not all(isinstance(p, str) and Path(p).name == p for p in places.values()):
+        raise UserError(f"{index} is no index of weights")
+    files: dict[str, dict[str, Tensor]] = {}
+    for name in sorted(set(places.values())):
+        if not (folder / name).exists():
+            raise UserError(f"{folder} lacks {name}, which its index names")
+        files[name] = _file(folder / name)
+    if lost := [key for key, name in places.items() if key not in files[name]]:
+        raise UserError(f"{folder / places[lost[0]]} lacks {lost[0]}, which the index says is there")
+    return {key: files[name][key] for key, name in places.items()}
+
+
+def _file(path: Path) -> dict[str, Tensor]:
+    try:
+        with path.open("rb") as file:
+            if file.read(len(POINTER)) == POINTER:
+                raise UserError(f"{path} is a pointer of Git LFS, not the weights: run `git lfs pull` there")
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"cannot read the weights in {path}: it is damaged, or more than plain tensors") from None
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read the weights in {path}: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise UserError(f"{path} holds no weights by name")
+    return loaded

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
+import pydantic
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -15,6 +16,7 @@ from understudy.core.config import option
 from understudy.core.errors import UserError
 from understudy.core.records import Needs
 from understudy.data.options import DataOptions, corpus_paths
+from understudy.data.prompts import load_prompts, render
 from understudy.data.report import DataReport, inspect
 from understudy.data.stream import Stream, open_stream
 from understudy.drafting.objective import Batch
@@ -30,12 +32,30 @@ FIXED_BY_FEATURES = {"train_data_path", "max_length", "is_preformatted", "last_t
 VOCABULARIES = (1024, 2048, 8192, 32768)  # draft vocabularies whose coverage it tells
 
 
+def _names(value: Any) -> Any:
+    """`"a,b"` or `["a,b", "c"]` -> the single names."""
+    parts = [value] if isinstance(value, str) else value
+    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+        return value  # for pydantic to refuse
+    return [name.strip() for part in parts for name in part.split(",") if name.strip()]
+
+
 class OfflineOptions(DataOptions, TrainOptions):
     """Options of every offline run."""
 
     init_from: Path | None = option(None, "start from the weights of this checkpoint or run")
     features: Path | None = option(
         None, "folder of `understudy data capture`: its batches and hidden states are trained on"
+    )
+    overfit: int = option(
+        0,
+        "a self-test: learn the target's own greedy answers to this many prompts by heart, instead of the data, and say at the end"
+        " how far the accept length on them comes; prompts are those of --eval-prompts, --eval-data-path, --train-data-path or the"
+        " built-in ones. 0 = off",
+        ge=0,
+    )
+    require: Annotated[list[str], pydantic.BeforeValidator(_names)] = option(
+        [], "engines, separated by commas, that must be able to serve what is trained: else the run does not begin"
     )
     vocab_rows: int = option(
         20_000, "rows, spread evenly over the data, whose supervised tokens are counted for a draft vocabulary", ge=1
@@ -46,6 +66,16 @@ class OfflineOptions(DataOptions, TrainOptions):
     )
     eval_num_prompts: int = option(16, "prompts that acceptance is measured on", ge=1)
     eval_max_new_tokens: int = option(64, "new tokens per prompt while acceptance is measured", ge=2)
+
+    @pydantic.model_validator(mode="after")
+    def _overfit_measures(self) -> Self:
+        if self.overfit and self.features is not None:
+            raise ValueError(
+                "--overfit lets the target write its own texts and --features are those of others; give one"
+            )
+        if self.overfit and not self.eval_interval:
+            raise ValueError("--overfit tells what is measured, and --eval-interval 0 measures nothing")
+        return self
 
 
 class StreamBatches:
@@ -78,69 +108,96 @@ class Fixed:
 
 
 class TrainingData:
-    """Batches, the target's part of them (live, or from stored shards), and what is held out.
+    """Batches, the target's part of them, and what is held out.
 
     An objective may depend on the data (`token_counts`), and what the data are depends on the objective's needs: open, make the
-    objective, `bind`.
+    objective, `bind`; the other methods come after that.
     """
 
     batches: Batches
     features: FeatureSource
+    held_out: HeldOut | None = None
+    eval_path: Path | None  # the file of held-out conversations, if there is one
 
     def __init__(self, config: OfflineOptions, target: Target, ranks: Ranks) -> None:
         """Opens files. UserError if one cannot be read, or holds what is of another target."""
         self.config, self.target, self.ranks = config, target, ranks
-        self.stream: Stream | None = None
-        self.held_out: HeldOut | None = None
-        self._stored: StoredFeatures | None = None
-        self._reports: dict[int, DataReport] = {}  # by the number of rows that were looked at
         self.eval_path = config.eval_data_path
-        if config.features is None:
-            paths, self.eval_path = _paths(config, ranks)
-            self.stream = self._stream(paths)
-        else:
-            self._stored = StoredFeatures(config.features)
-            self._stored.check(target)
 
     def token_counts(self) -> Tensor:
         """[V] int64: how often each token is supervised, in at most `vocab_rows` rows spread evenly over the data.
 
         Every rank counts the same rows by itself, so whoever asks waits for nobody.
         """
-        if self._stored is not None:
-            return self._stored.token_counts(self.target.vocab_size, self.config.vocab_rows)
+        raise NotImplementedError
+
+    def bind(self, needs: Needs) -> None:
+        """Make `batches`, `features` and `held_out` for an objective with these needs. UserError if they cannot be met."""
+        raise NotImplementedError
+
+    def first(self) -> Batch:
+        """A batch to look at, without moving the stream."""
+        raise NotImplementedError
+
+    def facts(self, console: Console | None) -> tuple[dict[str, Any], int]:
+        """What the run learns from, shown and as JSON; batches of an epoch. UserError if nothing would be supervised."""
+        raise NotImplementedError
+
+    def prompts(self) -> list[list[int]]:
+        """Token ids of the prompts that acceptance is measured on; none = it is not measured."""
+        config = self.config
+        path = config.eval_prompts or (None if config.is_preformatted else self.eval_path)
+        if path is None or not config.eval_interval:
+            return []
+        fitting = fitting_prompts(config, self.target, path, 8 * config.eval_num_prompts)
+        step = max(1, len(fitting) // config.eval_num_prompts)  # spread: neighbours in a file resemble each other
+        return fitting[::step][: config.eval_num_prompts]
+
+
+class FileData(TrainingData):
+    """Files of conversations, and what the target says of them while it is trained."""
+
+    def __init__(self, config: OfflineOptions, target: Target, ranks: Ranks) -> None:
+        super().__init__(config, target, ranks)
+        paths, self.eval_path = _paths(config, ranks)
+        self.stream = self._stream(paths)
+        self._reports: dict[int, DataReport] = {}  # by the number of rows that were looked at
+
+    def token_counts(self) -> Tensor:
         found = torch.from_numpy(self._inspect(self.config.vocab_rows).counts)
-        if bool(found[self.target.vocab_size :].any()):
-            raise UserError(
-                f"the data hold tokens beyond the target's vocabulary of {self.target.vocab_size}: its tokenizer is another model's"
-            )
         counts = torch.zeros(self.target.vocab_size, dtype=torch.int64)
-        known = min(len(found), len(counts))  # embeddings are padded, or a tokenizer has more than the model
+        if bool(found[len(counts) :].any()):
+            raise UserError(
+                f"the data have tokens beyond the target's vocabulary of {len(counts):,}: its tokenizer is another model's"
+            )
+        known = min(len(found), len(counts))  # either may be padded
         counts[:known] = found[:known]
         return counts
 
     def bind(self, needs: Needs) -> None:
-        """Make batches, features and what is held out for an objective with these needs. UserError if they cannot be met."""
-        config, ranks = self.config, self.ranks
-        if self.stream is not None:
-            # an epoch's batches have to be known only where they decide how long the schedule is; counting reads all the data
-            counted = config.max_steps is None or config.num_epochs is not None
-            self.features, self.batches = LiveFeatures(self.target, needs), StreamBatches(self.stream, counted)
-            if self.eval_path is not None:
-                held = StreamBatches(self._stream([self.eval_path], shuffle=False), count=False)
-                self.held_out = Fixed(iter(held), config.eval_batches)
-            return
-        assert config.features is not None
-        stored = StoredFeatures(config.features, needs)
-        self.batches, self.features = StoredBatches(stored, config.seed, ranks.rank, ranks.world), stored
-        if (config.features / "eval").is_dir():
-            held_out = StoredFeatures(config.features / "eval", needs)
-            mine = range(ranks.rank, len(held_out) // ranks.world * ranks.world, ranks.world)
-            self.held_out = Fixed((held_out.batch(i) for i in mine), config.eval_batches)
+        config = self.config
+        # an epoch's batches have to be known only where they decide how long the schedule is; counting reads all the data
+        counted = config.max_steps is None or config.num_epochs is not None
+        self.features, self.batches = LiveFeatures(self.target, needs), StreamBatches(self.stream, counted)
+        if self.eval_path is not None:
+            held = StreamBatches(self._stream([self.eval_path], shuffle=False), count=False)
+            self.held_out = Fixed(iter(held), config.eval_batches)
+
+    def first(self) -> Batch:
+        return next(iter(StreamBatches(self._stream(list(self.stream.corpus.paths), shuffle=False), count=False)))
+
+    def facts(self, console: Console | None) -> tuple[dict[str, Any], int]:
+        config = self.config
+        report = self._inspect(max([REPORT_ROWS, *self._reports]))  # what was looked at for a vocabulary is told
+        if console is not None:
+            console.print(report)
+        report.check()
+        share = len(self.stream.corpus) / max(report.rows, 1) if report.sampled else 1.0
+        rows = report.packed_rows(config.max_length) if config.pack else report.documents * share
+        return report.as_dict(), max(1, round(rows / (config.batch_size * self.ranks.world)))
 
     def _inspect(self, rows: int) -> DataReport:
         """A report on `rows` rows of the data, or all that there are. Kept, because encoding is what takes time."""
-        assert self.stream is not None
         rows = min(rows, len(self.stream.corpus))
         if rows not in self._reports:
             sizes = [size for size in VOCABULARIES if size < self.target.vocab_size]
@@ -160,32 +217,49 @@ class TrainingData:
             world_size=self.ranks.world,
         )
 
+
+class ShardData(TrainingData):
+    """Batches and features as `understudy data capture` wrote them."""
+
+    def __init__(self, config: OfflineOptions, target: Target, ranks: Ranks) -> None:
+        super().__init__(config, target, ranks)
+        assert config.features is not None
+        self.folder = config.features
+        self.stored = StoredFeatures(self.folder)
+        self.stored.check(target)
+
+    def token_counts(self) -> Tensor:
+        return self.stored.token_counts(self.target.vocab_size, self.config.vocab_rows)
+
+    def bind(self, needs: Needs) -> None:
+        ranks = self.ranks
+        self.stored = StoredFeatures(self.folder, needs)
+        self.batches = StoredBatches(self.stored, self.config.seed, ranks.rank, ranks.world)
+        self.features = self.stored
+        if (self.folder / "eval").is_dir():
+            held_out = StoredFeatures(self.folder / "eval", needs)
+            mine = range(ranks.rank, len(held_out) // ranks.world * ranks.world, ranks.world)
+            self.held_out = Fixed((held_out.batch(i) for i in mine), self.config.eval_batches)
+
     def first(self) -> Batch:
-        """A batch to look at, without moving the stream."""
-        if self.stream is not None:
-            return next(iter(StreamBatches(self._stream(list(self.stream.corpus.paths), shuffle=False), count=False)))
-        assert isinstance(self.batches, StoredBatches)
-        return self.batches.stored.batch(0)
+        return self.stored.batch(0)
 
     def facts(self, console: Console | None) -> tuple[dict[str, Any], int]:
-        """What the run learns from, shown and as JSON; batches of an epoch. UserError if nothing would be supervised."""
-        config = self.config
-        if self.stream is None:
-            assert isinstance(self.batches, StoredBatches)
-            manifest = self.batches.stored.manifest
-            told = {"tokens": manifest.tokens, "supervised": manifest.supervised}
-            if console is not None:
-                console.print(
-                    f"{config.features}: {manifest.tokens:,} captured tokens, {manifest.supervised:,} supervised"
-                )
-            return told, self.batches.steps_per_epoch
-        report = self._inspect(max([REPORT_ROWS, *self._reports]))  # what was counted for a vocabulary is told, too
+        manifest = self.stored.manifest
         if console is not None:
-            console.print(report)
-        report.check()
-        share = len(self.stream.corpus) / max(report.rows, 1) if report.sampled else 1.0
-        rows = report.packed_rows(config.max_length) if config.pack else report.documents * share
-        return report.as_dict(), max(1, round(rows / (config.batch_size * self.ranks.world)))
+            console.print(f"{self.folder}: {manifest.tokens:,} captured tokens, {manifest.supervised:,} supervised")
+        told = {"tokens": manifest.tokens, "supervised": manifest.supervised}
+        return told, len(self.stored) // self.ranks.world
+
+
+def fitting_prompts(config: OfflineOptions, target: Target, path: Path, count: int) -> list[list[int]]:
+    """Token ids of those of the first `count` prompts of a file that leave room for an answer. UserError if none does."""
+    room = target.context - config.eval_max_new_tokens
+    rendered = [render(target.tokenizer, prompt.messages) for prompt in load_prompts(path, count)]
+    fitting = [ids for ids in rendered if len(ids) < room]
+    if not fitting:
+        raise UserError(f"no prompt of {path} leaves room for {config.eval_max_new_tokens} new tokens")
+    return fitting
 
 
 def _paths(config: OfflineOptions, ranks: Ranks) -> tuple[list[Path], Path | None]:

@@ -257,9 +257,9 @@ class _Loop:
         simulated = values.get("eval/tau_sim")
         if simulated is not None and real is not None:
             values["measured/tau_gap"] = simulated - real
-        if real is not None and (found := evaluate.mismatch(real, replayed, simulated)):
+        if real is not None and (differs := evaluate.mismatch(real, replayed, simulated)):
             figures = {"measured": real, "replayed": replayed, "simulated": simulated}
-            self._event("mismatch", f"WARNING: {found[1]}", cause=found[0], **figures)
+            self._event("mismatch", f"WARNING: {differs[1]}", cause=differs[0], **figures)
         keeper.figures = values
         self._show(values, line=False)
         self.bar.say(f"step {at.step}: " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))

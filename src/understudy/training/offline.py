@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,20 +15,21 @@ from rich.console import Console
 
 from understudy.core.checkpoints import find_checkpoint, steps_of
 from understudy.core.errors import UserError
-from understudy.data.prompts import load_prompts, render
-from understudy.decoding.acceptance import measure_acceptance
-from understudy.drafting.objective import Objective
+from understudy.drafting.objective import Batch, Objective
 from understudy.drafting.spec import Spec
 from understudy.target.fingerprint import fingerprint
 from understudy.target.target import Target
 from understudy.telemetry.run import RunFolder
 from understudy.telemetry.trackers import Trackers, trackers
-from understudy.training.datasets import FIXED_BY_FEATURES, OfflineOptions, TrainingData
+from understudy.training.datasets import FIXED_BY_FEATURES, FileData, OfflineOptions, ShardData, TrainingData
 from understudy.training.distributed import Ranks
 from understudy.training.figures import peak_memory
 from understudy.training.loop import Result, train
 from understudy.training.optimizer import total_steps
+from understudy.training.overfit import ByHeart, OverfitData, told, with_steps
+from understudy.training.predictions import prediction_watchers
 from understudy.training.progress import clock
+from understudy.training.replay import Decoding
 from understudy.training.rng import seed_all
 from understudy.training.runlog import RunLog
 
@@ -39,6 +39,7 @@ def run(spec: Spec, config: OfflineOptions, target: Target, ranks: Ranks, consol
 
     The run folder is begun after everything that can be wrong was looked at: a corrected command may name it again.
     """
+    config = with_steps(config)
     assert spec.objective is not None and config.output_dir is not None
     _check(config, target)
     console = console or Console(stderr=True, highlight=False)
@@ -47,21 +48,24 @@ def run(spec: Spec, config: OfflineOptions, target: Target, ranks: Ranks, consol
         raise UserError(f"--resume: {config.output_dir} holds no run; leave --resume out to begin one there")
     seed_all(config.seed, 0)  # new weights are the same for the same seed, on every rank
     start = None if config.init_from is None else find_checkpoint(config.init_from)
-    data = TrainingData(config, target, ranks)
+    data = _data(config, target, ranks)
     objective = spec.objective(config, target, start, data.token_counts)
+    _require(config.require, objective.servable())
     data.bind(objective.needs)
-    prompts = _prompts(config, target, data.eval_path)
+    prompts = data.prompts()
     facts = _introduce(spec, objective, data, ranks, bool(prompts), console if ranks.main else None)
+    by_heart = ByHeart(objective, data) if isinstance(data, OverfitData) else None
+    measure = by_heart or (Decoding(objective, target, prompts, config.eval_max_new_tokens) if prompts else None)
 
-    def measure() -> Mapping[str, float]:
-        return measure_acceptance(target, objective.drafter, prompts, config.eval_max_new_tokens).figures()
-
-    log: RunLog | _Nothing = _Nothing()
+    log: RunLog | None = None
     if folder is not None:
         at = max(steps_of(config.output_dir / "checkpoints"), default=0) if config.resume else None
         folder.begin(config, config.seed)
         log = RunLog(folder, _trackers(config, at or 0), at)
-    log.event("data", **facts)
+        log.event("data", **facts)
+    watchers = prediction_watchers(
+        objective, data.features, _candidates(data), target.tokenizer, config, ranks, log, console
+    )
     try:
         result = train(
             objective,
@@ -69,22 +73,55 @@ def run(spec: Spec, config: OfflineOptions, target: Target, ranks: Ranks, consol
             data.features,
             config,
             ranks=ranks,
-            log=log,
-            measure=measure if prompts else None,
+            log=log or _Nothing(),
+            measure=measure,
             held_out=data.held_out,
+            watchers=watchers,
             card=_card(spec, target, objective),
             console=console,
         )
     finally:
-        log.close()
+        if log is not None:
+            log.close()
     if ranks.main:
-        best = {"best_tau": result.best_tau, "best_step": result.best_step}
-        print(json.dumps({"run": str(config.output_dir), "step": result.step, "reason": result.reason, **best}))
+        _conclude(config, result, by_heart, console)
     return result
 
 
+def _conclude(config: OfflineOptions, result: Result, by_heart: ByHeart | None, console: Console) -> None:
+    """The last line on standard output, and before it how much was learned by heart where that was asked for."""
+    last = {"run": str(config.output_dir), "step": result.step, "reason": result.reason}
+    last |= {"best_tau": result.best_tau, "best_step": result.best_step}
+    if by_heart is not None:
+        last["overfit"] = outcome = by_heart.outcome()
+        if outcome is not None:
+            console.print(told(outcome), soft_wrap=True)
+    print(json.dumps(last))
+
+
+def _data(config: OfflineOptions, target: Target, ranks: Ranks) -> TrainingData:
+    if config.overfit:
+        return OverfitData(config, target, ranks)
+    return (FileData if config.features is None else ShardData)(config, target, ranks)
+
+
+def _candidates(data: TrainingData) -> Iterator[Batch]:
+    """Batches that predictions may be looked at on, the best first."""
+    yield from data.held_out or ()
+    yield data.first()
+
+
+def _require(engines: list[str], verdicts: Mapping[str, str]) -> None:
+    """UserError unless every one of `engines` can serve what is to be trained."""
+    for engine in engines:
+        if engine not in verdicts:
+            raise UserError(f"--require {engine}: no engine of that name is known; known: {', '.join(verdicts)}")
+        if verdicts[engine] != "ok":
+            raise UserError(f"--require {engine}: it cannot serve this drafter: {verdicts[engine]}")
+
+
 def _check(config: OfflineOptions, target: Target) -> None:
-    if config.features is None and config.max_length > target.context:
+    if config.features is None and not config.overfit and config.max_length > target.context:
         raise UserError(f"--max-length {config.max_length} is beyond the target's context of {target.context} tokens")
     if config.features is not None and (fixed := sorted(FIXED_BY_FEATURES & config.model_fields_set)):
         raise UserError(
@@ -98,22 +135,6 @@ class _Nothing:
     def log(self, step: int, values: dict[str, float]) -> None: ...
 
     def event(self, kind: str, /, **fields: Any) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def _prompts(config: OfflineOptions, target: Target, eval_path: Path | None) -> list[list[int]]:
-    """Held-out prompts; without any, nothing is measured."""
-    path = config.eval_prompts or (None if config.is_preformatted else eval_path)
-    if path is None or not config.eval_interval:
-        return []
-    room = target.context - config.eval_max_new_tokens
-    rendered = [render(target.tokenizer, p.messages) for p in load_prompts(path, 8 * config.eval_num_prompts)]
-    fitting = [ids for ids in rendered if len(ids) < room]
-    if not fitting:
-        raise UserError(f"no prompt of {path} leaves room for {config.eval_max_new_tokens} new tokens")
-    step = max(1, len(fitting) // config.eval_num_prompts)  # spread: neighbours in a file resemble each other
-    return fitting[::step][: config.eval_num_prompts]
 
 
 def _introduce(

@@ -77,11 +77,12 @@ class Words:
 
 
 def choose(found: Predictions, batch: Batch, count: int) -> list[int]:
-    """Columns of `found` to show: at most `count`, each of a document of its own, in the order of the batch.
+    """Columns of `found` to show: at most `count`, in the order of the batch, spread over its documents as evenly as may be.
 
-    Documents in which more draft positions are asked for go first (as a rule all are, unless answers are short); of the document's slots
-    only those with the most asked positions compete. The i-th of n samples takes the one at (i + 1/2) / n of them, so that together
-    the samples show beginnings, middles and ends of answers: first words are much alike in all answers and say little.
+    Documents in which more draft positions are asked for go first (as a rule all are, unless answers are short); of a document's slots
+    only those with the most asked positions compete. The j-th of m samples of the i-th of n documents is the slot at
+    (j + (i + 1/2) / n) / m of them, so that together the samples show beginnings, middles and ends of answers: first words are
+    much alike in all answers and say little.
     """
     slots = found.slots.cpu()
     starts = slots - batch.positions.cpu().flatten()[slots]  # of the slot's document, in the flattened batch
@@ -91,8 +92,12 @@ def choose(found: Predictions, batch: Batch, count: int) -> list[int]:
             documents.setdefault(start, {}).setdefault(asked, []).append(column)
     fullest = {start: max(by_asked) for start, by_asked in documents.items()}
     best = sorted(sorted(documents, key=lambda start: -fullest[start])[:count])
-    competing = [documents[start][fullest[start]] for start in best]
-    return [columns[(2 * i + 1) * len(columns) // (2 * len(best))] for i, columns in enumerate(competing)]
+    out = []
+    for i, start in enumerate(best):
+        columns, n = documents[start][fullest[start]], len(best)
+        m = min(count // n + (i < count % n), len(columns))
+        out += [columns[(2 * n * j + 2 * i + 1) * len(columns) // (2 * n * m)] for j in range(m)]
+    return out
 
 
 def samples(found: Predictions, batch: Batch, columns: Sequence[int], words: Words) -> list[Sample]:

@@ -4,9 +4,9 @@ Gradients are accumulated as sums and divided once, over all batches on all rank
 
     g = sum over ranks and batches of grad(StepOutput.loss) / sum over ranks and batches of StepOutput.divisor
 
-where the divisor is the number of supervised slots unless an objective says otherwise. So 8 batches of 1 are 1 batch of 8, and 2 processes are 1 with twice the batch, however unequally the slots are spread. A mean
-of means, as most trainers take it, weighs a slot by how few its batch has. A step without a supervised slot teaches nothing and
-is skipped, whatever its divisor.
+where the divisor is the number of supervised slots unless an objective says otherwise. So 8 batches of 1 are 1 batch of 8, and 2
+processes are 1 with twice the batch, however unequally the slots are spread. A mean of means, as most trainers take it, weighs a slot
+by how few its batch has. A step without a supervised slot teaches nothing and is skipped, whatever its divisor.
 """
 
 from __future__ import annotations

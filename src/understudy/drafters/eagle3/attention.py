@@ -68,13 +68,14 @@ class DraftAttention(nn.Module):
             self.understudy_pass.current = None
         return self.o_proj(out.flatten(2))
 
-    def branches(self, x: Tensor, rotary: Rotary, cache: KVCache, mask: Tensor) -> Tensor:
-        """[1, n, 2 H] -> [1, n, H]: rows of a tree. `mask` [n, keys] is added to the scores, over all rows of the cache."""
+    def branches(self, x: Tensor, rotary: Rotary, cache: KVCache, seen: Tensor) -> Tensor:
+        """[1, n, 2 H] -> [1, n, H]: rows of a tree. The mask `seen` [n, k] (0 or -inf) is for the last k keys; all see those before."""
         q, k, v = self.project(x, rotary)
         k, v = cache.update(k, v, 0)
         groups = self.heads // self.kv_heads
         packed = q.reshape(1, self.kv_heads, groups * x.shape[1], self.size)
-        out = F.scaled_dot_product_attention(packed, k, v, attn_mask=mask.repeat(groups, 1))
+        mask = F.pad(seen.repeat(groups, 1), (k.shape[2] - seen.shape[1], 0))
+        out = F.scaled_dot_product_attention(packed, k, v, attn_mask=mask)
         return self.o_proj(out.reshape(1, self.heads, x.shape[1], self.size).transpose(1, 2).flatten(2))
 
     # In training
@@ -88,7 +89,10 @@ class DraftAttention(nn.Module):
         """
         q, k, v = self.project(x, rotary)
         if not past:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=self.heads != self.kv_heads)
+            # expanded: of CUDA's kernels, the one that takes a mask in every dtype wants a key head per query head, and without it
+            # all T^2 scores would be kept
+            keys, values = (part.repeat_interleave(self.heads // self.kv_heads, dim=1) for part in (k, v))
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible)
             return self.o_proj(out.transpose(1, 2).flatten(2)), k, v
         prefix, *chain = past
         own_k, own_v = (torch.stack(parts, dim=3) for parts in zip(*chain, (k, v), strict=True))  # [B, Hkv, T, k, d]

@@ -49,6 +49,7 @@ class Eagle3Session:
 
     def __init__(self, view: View, drafter: Eagle3Drafter) -> None:
         self.view, self.drafter, self.model = view, drafter, drafter.model
+        self.ids = drafter.model.ids
         self.cache = KVCache(1)
         self.valid = 0
         self.waiting: list[Tensor] = []
@@ -76,9 +77,8 @@ class Eagle3Session:
         """Put all waiting rows but the last into the cache."""
         taps = torch.cat(self.waiting)
         done = len(taps) - 1
-        start, self.valid = self.valid, self.valid + done
-        self.model.write(self._tokens(start, done), self.model.fuse(taps[:-1]), start, self.cache)
-        self.waiting = [taps[-1:].clone()]
+        self.model.write(self._tokens(self.valid, done), self.model.fuse(taps[:-1]), self.valid, self.cache)
+        self.valid, self.waiting = self.valid + done, [taps[-1:].clone()]
 
     def _tokens(self, start: int, count: int) -> Tensor:
         """The tokens beside rows start .. start + count - 1: those that follow them in the text."""
@@ -118,7 +118,7 @@ class ChainSession(Eagle3Session):
         depth = self._depth(budget)
         if depth < 1:
             return nothing(self.view.device)
-        model, ids, drafts = self.model, self.model.ids, list[Tensor]()
+        model, ids, drafts = self.model, self.ids, list[Tensor]()
         out, end = self._begin(), len(self.view.tokens) - 1
         while True:
             drafts.append(sampler.draw(model.logits(out), ids))

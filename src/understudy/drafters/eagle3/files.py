@@ -1,157 +1,193 @@
 """EAGLE-3 checkpoints on disk. What we write is the public layout of SafeAILab and SGLang, which raw vLLM loads as it lies.
 
-Read as well: the layout of vllm-project/speculators (`transformer_layer_config`, `layers.0.*`), names with a `model.` prefix, and the old
-names of EAGLE-3.1's norms. A variant that we cannot run is refused by name: a wrong flag or a lost tensor shows only as low acceptance.
+`config.json` holds the keys that engines read and nothing else; every flag stands there, because their defaults differ. What is read
+back beside it, and what is refused, is in `public`.
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
 
 from understudy.core.errors import UserError
 from understudy.core.files import write_json
-from understudy.drafters.eagle3.layout import FLAGS, STATIC_ROPE, TAPS, default_taps
+from understudy.drafters.eagle3.layout import FLAGS, TAPS, default_taps, taps_of
 from understudy.drafters.eagle3.model import Eagle3Model
-from understudy.drafters.eagle3.vocab import check_inverse, ids_of
-from understudy.drafting.weights import read_config, read_weights, write_weights
+from understudy.drafters.eagle3.public import ARCHITECTURES, check_tensors, flat, public_name
+from understudy.drafters.eagle3.vocab import check_inverse, ids_of, membership
+from understudy.drafting.objective import Batch
+from understudy.drafting.weights import read_config, read_weights, renamed, write_weights
 from understudy.target.target import Target
 
-ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Speculator", "LlamaEagle3DraftModel")
-OLD_NORMS = {"aux_norm_low": "fc_norm.0", "aux_norm_mid": "fc_norm.1", "aux_norm_high": "fc_norm.2"}
-NEEDED = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+WRITTEN = (
+    *("hidden_size", "target_hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "hidden_act", "vocab_size", "draft_vocab_size", "max_position_embeddings"),
+    *("rms_norm_eps", "attention_bias", "mlp_bias", "bias", "tie_word_embeddings", *FLAGS, TAPS),
+)
+ROWS = 4  # of the pass that compares a written drafter with the one in memory
 
 
 def write_drafter(model: Eagle3Model, folder: Path) -> None:
-    """Write `config.json` and `model.safetensors`. Embeddings that are the target's own are left out: engines share them."""
-    config = model.config
-    values = {key: value for key, value in config.to_dict().items() if value is not None or key in ("pad_token_id",)}
-    theta = config.rope_parameters["rope_theta"]
-    scaling = None if config.rope_parameters.get("rope_type", "default") == "default" else config.rope_parameters
-    values |= {
-        "architectures": [ARCHITECTURES[0]],
-        "model_type": "llama",
-        "rope_theta": theta,  # older readers look here, newer ones at rope_parameters
-        "rope_scaling": scaling,
-        "num_aux_hidden_states": len(model.taps),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "torch_dtype": str(model.dtype).removeprefix("torch."),
-        "eagle_config": {
-            "use_aux_hidden_state": True,
-            TAPS: [tap - 1 for tap in model.taps],  # SGLang counts layers from 0
-            "norm_before_fc": config.norm_before_fc,
-        },
-    }
-    write_json(folder / "config.json", values)
+    """Write `config.json` and `model.safetensors`, and compare what they read back as with `model`: UserError if it differs.
+
+    Embeddings that are the target's own are left out: engines share them.
+    """
+    write_json(folder / "config.json", _config(model))
     write_weights(folder, model.state_dict())
+    _check_written(model, folder)
 
 
 def read_drafter(folder: Path, target: Target) -> Eagle3Model:
     """The drafter in `folder`, in fp32 on the target's device. UserError where it is none, or none for this target."""
     layout = read_layout(folder, target)
-    weights = {key: value for raw, value in read_weights(folder).items() if (key := _renamed(raw)) is not None}
+    weights = _tensors(folder)
     embedding = target.embed_tokens.weight
     own = weights.get("embed_tokens.weight")
     if own is not None and own.shape == embedding.shape and torch.equal(own.to(embedding), embedding):
-        del weights["embed_tokens.weight"]
-        own = None
-    if own is None and layout.hidden_size != target.hidden_size:
-        raise UserError(f"{folder}: width {layout.hidden_size} without embeddings of its own; {target.name} has {target.hidden_size}")
-    model = Eagle3Model(layout, embedding, own_embedding=own is not None)
-    _fill(model, weights, folder)
-    return model.to(target.device)
-
-
-def _fill(model: Eagle3Model, weights: dict[str, Tensor], folder: Path) -> None:
-    wanted = model.state_dict()
-    for name in ("d2t", "t2d"):  # maps that say nothing at a full vocabulary, and a t2d that follows from d2t
-        if name not in wanted:
-            weights.pop(name, None)
-    if "d2t" in wanted:
-        if "d2t" not in weights:
-            raise UserError(f"{folder}: {len(wanted['d2t'])} draft tokens without d2t, which says which; the checkpoint is incomplete")
-        ids = ids_of(weights["d2t"], model.config.vocab_size, str(folder))
-        inside = torch.zeros(model.config.vocab_size, dtype=torch.bool)
-        inside[ids] = True
-        check_inverse(ids, weights.setdefault("t2d", inside), str(folder))
-    if missing := sorted(set(wanted) - set(weights)):
-        raise UserError(f"{folder}: the drafter lacks {missing[0]}; it has {', '.join(sorted(weights)[:3])}, ...")
-    if unknown := sorted(set(weights) - set(wanted)):
-        raise UserError(f"{folder}: {unknown[0]} is no weight of an EAGLE-3 drafter with these flags; refused, because it would be left out")
-    for name, tensor in weights.items():
-        if tensor.shape != wanted[name].shape:
-            raise UserError(f"{folder}: {name} is {list(tensor.shape)}, expected {list(wanted[name].shape)}")
-    model.load_state_dict({k: v if v.dtype in (torch.bool, torch.int64) else v.float() for k, v in weights.items()})
-
-
-def _renamed(key: str) -> str | None:
-    """Our name of a tensor; None = not a weight."""
-    key = key.removeprefix("model.")
-    if key.endswith((".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")):
-        return None
-    key = re.sub(r"^layers\.0\.", "midlayer.", key)
-    for old, new in OLD_NORMS.items():
-        key = key.replace(old, new)
-    return key
+        del weights["embed_tokens.weight"]  # shared instead: a copy would cost as much as the target's
+    elif own is None and layout.hidden_size != target.hidden_size:
+        raise UserError(
+            f"{folder}: width {layout.hidden_size} without embeddings of its own; {target.name} has {target.hidden_size}"
+        )
+    if "lm_head.weight" not in weights and (layout.draft_vocab_size, layout.hidden_size) == tuple(embedding.shape):
+        weights["lm_head.weight"] = target.model.get_output_embeddings().weight.detach().cpu()  # engines take it, too
+    return _model(layout, weights, embedding, folder).to(target.device)
 
 
 def read_layout(folder: Path, target: Target) -> Any:
-    """The configuration in `folder` as a flat one of ours. UserError for variants that are not supported."""
-    values = read_config(folder)
-    architecture = (values.get("architectures") or ["?"])[0]
-    if "transformer_layer_config" in values:
-        values = _from_speculators(values, folder)
-    if architecture not in ARCHITECTURES:
-        raise UserError(f"{folder}: {architecture} is no EAGLE-3 drafter that is supported here ({', '.join(ARCHITECTURES)})")
-    if lost := [key for key in NEEDED if key not in values]:
-        raise UserError(f"{folder / 'config.json'} is no drafter's configuration: it has no {lost[0]}")
-    if values.get("num_hidden_layers", 1) != 1:
-        raise UserError(f"{folder}: {values['num_hidden_layers']} draft layers (P-EAGLE or another variant); one is supported")
-    if values.get("tie_word_embeddings"):
-        raise UserError(f"{folder}: tie_word_embeddings is not supported: an EAGLE-3 drafter has a head of its own")
-    if values["vocab_size"] != target.vocab_size:
-        raise UserError(f"{folder}: made for a vocabulary of {values['vocab_size']} tokens, {target.name} has {target.vocab_size}")
-    nested = values.pop("eagle_config", None) or {}
-    taps = values.get(TAPS) or [layer + 1 for layer in nested.get(TAPS) or ()] or default_taps(target.layers)
-    if max(taps) >= target.layers:
-        raise UserError(f"{folder}: reads tap {max(taps)}, {target.name} has {target.layers} layers")
-    source = values.get("target_hidden_size") or values["hidden_size"]
-    if source != target.hidden_size:
-        raise UserError(f"{folder}: made for states of width {source}, {target.name} has {target.hidden_size}")
-    flags = {flag: bool(values.get(flag, nested.get(flag, False))) for flag in FLAGS}
-    flags["fc_norm"] = flags["fc_norm"] or bool(values.pop("use_aux_norm", False))
-    own = {key: value for key, value in values.items() if key not in ("architectures", "model_type", "torch_dtype", "dtype")}
-    if own.get("rope_parameters"):
-        own.pop("rope_theta", None), own.pop("rope_scaling", None)
-    own |= {
-        TAPS: list(taps),
-        "target_hidden_size": source,
-        "draft_vocab_size": values.get("draft_vocab_size") or values["vocab_size"],
-        "bias": bool(values.get("bias", False)),
-        **flags,
-    }
-    layout = LlamaConfig(**own)
-    kind = (layout.rope_parameters or {}).get("rope_type", "default")
-    if kind not in STATIC_ROPE:
-        raise UserError(f"{folder}: rotary positions of type {kind} are not supported; supported are {', '.join(STATIC_ROPE)}")
+    """The configuration in `folder` as a flat one of ours. UserError for variants that are not supported, or another target."""
+    layout = flat(read_config(folder), folder)
+    if layout.vocab_size != target.vocab_size:
+        raise UserError(
+            f"{folder}: made for a vocabulary of {layout.vocab_size} tokens, {target.name} has {target.vocab_size}"
+        )
+    if layout.target_hidden_size != target.hidden_size:
+        raise UserError(
+            f"{folder}: made for states of width {layout.target_hidden_size}, {target.name} has {target.hidden_size}"
+        )
+    if getattr(layout, TAPS) is None:
+        try:
+            setattr(layout, TAPS, default_taps(target.layers))
+        except UserError:
+            raise UserError(
+                f"{folder}: names no taps, and a target of {target.layers} layers has no default ones"
+            ) from None
+    if wrong := [tap for tap in taps_of(layout) if not 0 <= tap < target.layers]:
+        raise UserError(
+            f"{folder}: reads tap {wrong[0]}; those of {target.name} are 0 (embeddings) to {target.layers - 1}"
+        )
     return layout
 
 
-def _from_speculators(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The flat form of a speculators configuration, whose defaults differ."""
-    kind = values.get("speculators_model_type")
-    if kind != "eagle3":
-        raise UserError(f"{folder}: a speculators checkpoint of type {kind}, not eagle3")
-    inner = values["transformer_layer_config"]
-    if inner.get("model_type", "llama") != "llama":
-        raise UserError(f"{folder}: a draft layer of type {inner['model_type']}; llama is supported")
-    if any(kind != "full_attention" for kind in inner.get("layer_types") or ()):
-        raise UserError(f"{folder}: a draft layer with sliding-window attention is not supported")
-    kept = {key: values[key] for key in ("draft_vocab_size", "target_hidden_size", TAPS) if values.get(key) is not None}
-    flags = {flag: values.get(flag, flag == "norm_before_residual") for flag in FLAGS}
-    return {**inner, "tie_word_embeddings": False, **kept, **flags}
+def _config(model: Eagle3Model) -> dict[str, Any]:
+    config, rope = model.config, dict(model.config.rope_parameters)
+    dtype = str(model.dtype).removeprefix("torch.")
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return {
+        "architectures": [ARCHITECTURES[0]],
+        "model_type": "llama",
+        **{key: getattr(config, key) for key in WRITTEN},
+        "num_aux_hidden_states": len(model.taps),
+        "eagle_config": {
+            "use_aux_hidden_state": True,
+            TAPS: [tap - 1 for tap in model.taps],  # SGLang counts layers from 0
+            "norm_before_fc": config.norm_before_fc,
+        },
+        "rope_theta": rope["rope_theta"],  # older readers look here, newer ones at rope_parameters
+        "rope_scaling": None if rope.get("rope_type", "default") == "default" else scaling,
+        "rope_parameters": rope,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors in `folder` by our names. UserError for those of another kind of drafter."""
+    weights = renamed(read_weights(folder), public_name, folder)
+    check_tensors(weights, folder)
+    return weights
+
+
+def _model(layout: Any, weights: dict[str, Tensor], embedding: Tensor, folder: Path) -> Eagle3Model:
+    """A drafter of this shape with these weights, in fp32 on the CPU; `embedding` [V, H] is what it shares if it has none."""
+    with torch.random.fork_rng(devices=[]):  # saving may not change what training draws next
+        model = Eagle3Model(layout, embedding, own_embedding="embed_tokens.weight" in weights)
+    wanted = model.state_dict()
+    _check_maps(wanted, weights, folder)
+    if missing := sorted(set(wanted) - set(weights)):
+        raise UserError(f"{folder}: the drafter lacks {missing[0]}; it has {', '.join(sorted(weights)[:3])}, ...")
+    if unknown := sorted(set(weights) - set(wanted)):
+        raise UserError(
+            f"{folder}: {unknown[0]} is no weight of an EAGLE-3 drafter with these flags; refused, because it would be left out"
+        )
+    for name, tensor in weights.items():
+        if tensor.shape != wanted[name].shape:
+            what = f" of {len(model.taps)} taps" if name == "fc.weight" else ""
+            raise UserError(f"{folder}: {name} is {list(tensor.shape)}, expected {list(wanted[name].shape)}{what}")
+        if not torch.isfinite(tensor.float() if tensor.is_floating_point() else tensor).all():
+            raise UserError(f"{folder}: {name} has values that are not finite; the checkpoint is damaged")
+    model.load_state_dict({name: tensor.to(wanted[name].dtype) for name, tensor in weights.items()})
+    return model
+
+
+def _check_maps(wanted: dict[str, Tensor], weights: dict[str, Tensor], folder: Path) -> None:
+    """Check the draft vocabulary, and complete it: t2d follows from d2t. UserError for a map that is missing or cannot be meant."""
+    d2t, t2d = weights.get("d2t"), weights.get("t2d")
+    if "d2t" not in wanted:  # all tokens: some makers write maps all the same, and engines read d2t only
+        if d2t is not None and bool(d2t.any()):
+            raise UserError(
+                f"{folder}: d2t moves tokens, and the draft vocabulary is the whole one; draft_vocab_size is wrong"
+            )
+        weights.pop("d2t", None), weights.pop("t2d", None)
+        return
+    size, vocab = len(wanted["d2t"]), len(wanted["t2d"])
+    if d2t is None:
+        raise UserError(f"{folder}: {size} draft tokens without d2t, which says which; the checkpoint is incomplete")
+    for name, tensor in (("d2t", d2t), ("t2d", t2d)):
+        if tensor is not None and (tensor.shape != wanted[name].shape or tensor.is_floating_point()):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{folder}: {name} is {list(tensor.shape)} of {kind}, expected {list(wanted[name].shape)} of whole numbers"
+            )
+    ids = ids_of(d2t, vocab, str(folder))
+    if t2d is not None:
+        check_inverse(ids, t2d, str(folder))
+        return
+    for what, values in (("all zeros", torch.zeros(size)), ("0, 1, 2, ..., ids and not offsets", torch.arange(size))):
+        if torch.equal(d2t.float(), values.float()):
+            raise UserError(f"{folder}: d2t is {what}, and no t2d bears it out: a map that was never filled in")
+    weights["t2d"] = membership(ids, vocab)
+
+
+@torch.no_grad()
+def _check_written(model: Eagle3Model, folder: Path) -> None:
+    """Read what was written: all tensors, taps, and the logits of two draft steps have to be those of `model`."""
+    weights = _tensors(folder)
+    again = _model(flat(read_config(folder), folder), weights, model._shared[0], folder)
+    for name, tensor in model.state_dict().items():
+        if name not in weights or not torch.equal(weights[name], tensor.cpu()):
+            raise UserError(
+                f"{folder}: {name} reads back as something else than was written; the checkpoint is not good"
+            )
+    again.to(model.fc.weight.device, model.dtype)
+    expected, got = _trial(model), _trial(again)
+    apart = float((got - expected).abs().max()) / max(float(expected.abs().max()), 1e-9)
+    if again.taps != model.taps or apart > 8 * torch.finfo(model.dtype).eps:
+        raise UserError(
+            f"{folder}: what was written drafts otherwise than the drafter in memory; the checkpoint is not good"
+        )
+
+
+def _trial(model: Eagle3Model) -> Tensor:
+    """Logits [2, ROWS, V_d] in fp32 of two draft steps over random taps and tokens, the same for every drafter of this shape."""
+    generator = torch.Generator().manual_seed(0)
+    device, width = model.fc.weight.device, len(model.taps) * model.config.target_hidden_size
+    ids = torch.randint(model.config.vocab_size, (1, ROWS), generator=generator)
+    taps = torch.randn(1, ROWS, width, generator=generator).to(device, model.dtype)
+    batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids), torch.arange(ROWS)[None]).to(
+        device
+    )
+    return torch.cat([model.logits(out) for out in model.unroll(taps, batch, 2)]).float()

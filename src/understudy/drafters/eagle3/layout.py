@@ -85,18 +85,39 @@ def taps_of(layout: Any) -> tuple[int, ...]:
     return tuple(getattr(layout, TAPS))
 
 
-def servable(layout: Any) -> dict[str, str]:
-    """Engine -> "ok", or why it cannot serve a drafter of this shape."""
-    sglang, vllm = "ok", "ok"
-    if layout.bias:
-        vllm = "its fc has no bias"
-    if layout.norm_before_residual:
-        sglang = "its EAGLE-3 layer adds the state before the norm: train without --norm-before-residual"
-    elif 0 in taps_of(layout):
-        sglang = "it counts taps from the first layer's output on and has none for the embeddings"
+def servable(layout: Any, own_embedding: bool = False) -> dict[str, str]:
+    """Engine -> "ok", or why it cannot serve a drafter of this shape. `own_embedding`: its embeddings are not the target's.
+
+    Read from the loaders of vLLM 0.32 and SGLang 0.5.23. They load some of what is named here without a word, and then draft noise.
+    """
+    taps = taps_of(layout)
+    vllm = {
+        "its fc has no bias": layout.bias,
+        "with attention_bias it has a bias on o_proj as well, and this drafter has none there": layout.attention_bias,
+        "its draft layer knows no activation but silu": layout.hidden_act != "silu",
+        "it applies input_norm before fc_norm, we after": layout.fc_norm and layout.norm_before_fc,
+    }
+    sglang = {
+        "its EAGLE-3 layer adds the state before the norm: train without --norm-before-residual": layout.norm_before_residual,
+        "it counts taps from the first layer's output on and has none for the embeddings": 0 in taps,
+        "it takes states as wide as an embedding for a drafter's own and skips fc: take more than one tap": (
+            len(taps) * layout.target_hidden_size == layout.hidden_size
+        ),
+        "it puts the target's embeddings in the place of the drafter's own": (
+            own_embedding and layout.target_hidden_size == layout.hidden_size
+        ),
+        "its queries, keys and values have no bias": layout.attention_bias,
+        "its MLP has no bias": layout.mlp_bias,
+        "its draft layer knows no activation but silu": layout.hidden_act != "silu",
+        "it has one norm before fc, not two": layout.fc_norm and layout.norm_before_fc,
+    }
     return {
         "understudy": "ok",
-        "vllm": vllm,
-        "sglang": sglang,
+        "vllm": _verdict(vllm),
+        "sglang": _verdict(sglang),
         "transformers": "it has no EAGLE-3 class",
     }
+
+
+def _verdict(obstacles: dict[str, bool]) -> str:
+    return "; ".join(why for why, there in obstacles.items() if there) or "ok"

@@ -133,15 +133,15 @@ class Eagle3Model(nn.Module):
         attended = self.midlayer.self_attn.last(x, rotary, cache)
         return self.midlayer.leave(residual[:, -1:], attended)[0]
 
-    def branches(self, tokens: Tensor, states: Tensor, start: int, position: int, cache: KVCache, mask: Tensor) -> Tensor:
-        """Nodes of one depth of a tree, [n] tokens, all at `position`, in cache rows from `start` on: [n, H].
+    def branches(self, tokens: Tensor, states: Tensor, start: int, position: int, cache: KVCache, seen: Tensor) -> Tensor:
+        """Nodes of one depth of a tree, tokens [n] after states [n, H], all at `position`, in cache rows from `start` on: [n, H].
 
-        `mask` [n, start + n] is added to the scores.
+        They see all rows of the text, and of the last k rows, n of them their own, what the mask `seen` [n, k] (0 or -inf) leaves.
         """
         cache.reserve(start + len(tokens))
         cache.start = start
         x, residual = self.midlayer.enter(self.embed(tokens)[None], states[None])
-        attended = self.midlayer.self_attn.branches(x, self.rotations(position, position + 1), cache, mask)
+        attended = self.midlayer.self_attn.branches(x, self.rotations(position, position + 1), cache, seen)
         return self.midlayer.leave(residual, attended)[0]
 
     def _enter(self, tokens: Tensor, states: Tensor, start: int, cache: KVCache) -> tuple[Tensor, Tensor, Rotary]:

@@ -86,32 +86,37 @@ class Eagle3Objective(Objective):
         return model.unroll(taps, features.batch, steps, self.config.checkpoint_steps and self.training)
 
     def _teacher(self, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[C, D] -> (log p over the whole vocabulary, of the draft tokens [C, V_d]; the same over those alone; argmax [C])."""
+        """[C, D] -> (p over the draft tokens [C, V_d], its share of the whole law [C], argmax of the whole law [C])."""
         with torch.no_grad():
             logits = self.drafter.target.head(last).float()
-            best = logits.argmax(-1)
-            whole = logits.log_softmax(-1)
-            ids = self.drafter.model.ids
+            best, ids = logits.argmax(-1), self.drafter.model.ids
             if ids is None:
-                return whole, whole, best
-            return whole[:, ids], logits[:, ids].log_softmax(-1), best
+                return logits.softmax(-1), torch.ones_like(logits[:, 0]), best
+            mine = logits[:, ids]
+            return mine.softmax(-1), (mine.logsumexp(-1) - logits.logsumexp(-1)).exp(), best
 
     def _said(self, logits: Tensor) -> Tensor:
-        """The tokens [M] that the drafter finds likeliest, of logits [M, V_d]."""
+        """The tokens [..] that the drafter finds likeliest, of logits [.., V_d]."""
         best, ids = logits.argmax(-1), self.drafter.model.ids
         return best if ids is None else ids[best]
 
-    def _losses(self, log_q: Tensor, whole: Tensor, alone: Tensor) -> tuple[Tensor, Tensor]:
-        """[M, V_d] each -> (loss [M], acceptance rate sum_v min(p, q) [M])."""
-        overlap = torch.minimum(whole.exp(), log_q.exp()).sum(-1)
+    def _losses(self, logits: Tensor, p: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [C, K, V_d], p [C, V_d], its share of the target's law [C] -> (loss [C, K], acceptance rate [C, K]).
+
+        The acceptance rate, sum_v min(p(v), q(v)) over the whole law, is only computed where it is wanted; else it is nan.
+        """
         kind = self.config.loss_type
-        if kind == "tv":  # 1 - sum_v min(p, q) = half of |p - q|, outside the draft vocabulary q = 0
+        overlap = torch.full_like(logits[..., 0], float("nan"))
+        if kind in ("tv", "lk") or not self.training:
+            overlap = torch.minimum((p * share[:, None])[:, None], logits.softmax(-1)).sum(-1)
+        if kind == "tv":  # 1 - sum_v min(p, q) is half of |p - q|; outside the draft vocabulary q = 0
             return 1 - overlap, overlap
-        if kind == "lk":
-            return -overlap.clamp_min(1e-6).log(), overlap
-        cross = -(alone.exp() * log_q).sum(-1)
+        if kind == "lk":  # the same sum as `overlap`; among logarithms laws that hardly meet still have a gradient
+            return -torch.minimum(whole, log_q).logsumexp(-1), overlap
+        # - sum_v p(v) log q(v) = logsumexp(z) - p . z: no [C, K, V_d] besides the logits is kept
+        cross = logits.logsumexp(-1) - torch.bmm(logits, p[..., None])[..., 0]
         if kind == "kl":
-            cross = cross + (alone.exp() * alone).sum(-1)
+            cross = cross + torch.xlogy(p, p).sum(-1, keepdim=True)
         return cross, overlap
 
     def forward(self, features: Features) -> StepOutput:
@@ -122,21 +127,22 @@ class Eagle3Objective(Objective):
         count = wanted[0].sum()
         divisor = (batch.documents >= 0).sum() if config.loss_normalizer == "all" else None
         if not count:
-            return StepOutput(sum((out.float().sum() for out in outs), torch.zeros(())) * 0.0, count, {}, divisor)
+            return StepOutput(torch.stack([out.float().sum() for out in outs]).sum() * 0.0, count, {}, divisor)
         right = torch.zeros_like(wanted).flatten(1)
-        model, t2d = self.drafter.model, self.drafter.model.t2d
+        t2d = self.drafter.model.t2d
         align = aligned(features, outs, wanted)
 
         def sums(at: Tensor, last: Tensor, outs: Tensor, asks: Tensor) -> Tensor:
+            p, share, best = self._teacher(last)
+            logits = self.drafter.model.logits(outs).float()
+            hit = (self._said(logits.detach()) == best[:, None]) & asks
             rows, step = asks.nonzero(as_tuple=True)
-            whole, alone, best = self._teacher(last)
-            logits = model.logits(outs[rows, step]).float()
-            hit = self._said(logits.detach()) == best[rows]
-            right[step, at[rows] - 1 - step] = hit
-            loss, overlap = self._losses(logits.log_softmax(-1), whole[rows], alone[rows])
-            inside = torch.ones_like(hit) if t2d is None or config.out_of_vocab == "keep" else t2d[best[rows]]
-            parts = torch.stack([loss * inside, inside.float(), hit.float(), overlap.detach()])
-            return torch.zeros(len(SUMS), steps, device=loss.device).index_add(1, step, parts).flatten()
+            right[step, at[rows] - 1 - step] = hit[rows, step]
+            loss, overlap = self._losses(logits, p, share)
+            inside = asks if t2d is None or config.out_of_vocab == "keep" else asks & t2d[best][:, None]
+            loss = torch.where(inside, loss, 0.0)
+            overlap = torch.where(asks, overlap.detach(), 0.0)
+            return torch.stack([loss.sum(0), inside.sum(0), hit.sum(0), overlap.sum(0)]).flatten()
 
         chunk = max(1, config.loss_chunk // steps)
         flat = chunked_sums(sums, chunk, align.at, align.last, align.outs, align.asked)
@@ -158,7 +164,7 @@ class Eagle3Objective(Objective):
             metrics |= {
                 f"acc_{k}": (found["right"][k], asks),
                 f"ploss_{k}": (found["loss"][k], found["lossy"][k]),
-                f"overlap_{k}": (found["overlap"][k], asks),
+                **({} if found["overlap"].isnan().any() else {f"overlap_{k}": (found["overlap"][k], asks)}),
                 f"cond_acc_{k}": (before.sum(), tried.sum()),
                 f"joint_acc_{k}": (before.sum(), cycles),
             }
@@ -199,7 +205,7 @@ class Eagle3Objective(Objective):
         return F.pad(runs[:, :-1], (1, 0))
 
     def servable(self) -> dict[str, str]:
-        return servable(self.drafter.model.config)
+        return servable(self.drafter.model.config, self.drafter.model.embed_tokens is not None)
 
     def save(self, folder: Path) -> None:
         write_drafter(self.drafter.model, folder)

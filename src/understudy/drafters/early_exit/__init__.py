@@ -11,7 +11,7 @@ from understudy.core.errors import UserError
 from understudy.drafters.early_exit.adapter import Adapter
 from understudy.drafters.early_exit.config import DVIConfig, ExitConfig, adapter_folder
 from understudy.drafters.early_exit.drafter import ExitDrafter
-from understudy.drafters.early_exit.files import exit_layer_of, made_for, read_adapter
+from understudy.drafters.early_exit.files import exit_layer_of, read_adapter
 from understudy.drafters.early_exit.head import DrafterHead
 from understudy.drafters.early_exit.objective import ExitObjectiveConfig, train_kangaroo
 from understudy.drafters.early_exit.saved import as_trained, find, load_shallow, read_saved
@@ -19,6 +19,7 @@ from understudy.drafters.early_exit.shallow import ShallowLoRA
 from understudy.drafting.lora import load_lora_state_dict
 from understudy.drafting.protocols import Drafter
 from understudy.drafting.spec import Spec
+from understudy.drafting.weights import made_for
 from understudy.target.fingerprint import check_made_for
 from understudy.target.probe import probe
 from understudy.target.target import Target

@@ -21,9 +21,10 @@ from understudy.core.records import Needs
 from understudy.drafters.early_exit.adapter import Adapter
 from understudy.drafters.early_exit.config import ExitConfig
 from understudy.drafters.early_exit.drafter import ExitDrafter
-from understudy.drafters.early_exit.files import exit_layer_of, made_for, read_adapter, write_adapter
+from understudy.drafters.early_exit.files import exit_layer_of, read_adapter, write_adapter
 from understudy.drafting.lora import lora_state_dict
 from understudy.drafting.objective import Batch, Features, Objective, Predictions, StepOutput, TokenCounts
+from understudy.drafting.weights import made_for
 from understudy.ops import laws
 from understudy.ops.chunks import chunked_sums
 from understudy.target.fingerprint import check_made_for
