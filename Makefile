@@ -3,7 +3,7 @@
 #   TORCH=torch make .venv          another build of torch than the tested one
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format pocket clean
+.PHONY: help demo test engines check format pocket clean
 
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
@@ -19,6 +19,9 @@ demo: $(INSTALLED) ## Decode real text with every built-in drafter, and see what
 
 test: $(INSTALLED) ## Run every test, the slow ones too
 	$(BIN)/python -m pytest -n 2 -m ""
+
+engines: $(INSTALLED) ## Serve the built-in drafters in vLLM: same text, as many drafts accepted (once 3 GB)
+	$(BIN)/python tests/engines/vllm_eagle3.py --reduced 1024
 
 check: $(INSTALLED) ## Lint, formatting, types, and who may import whom
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ from eagle3.serving import agree, met, text_of
 from eagle3.test_attention import Largest
 from understudy.core.errors import UserError
 from understudy.core.files import write_json
+from understudy.core.records import Needs
 from understudy.drafters.eagle3 import objective as module
 from understudy.drafters.eagle3.attention import DraftAttention
 from understudy.drafters.eagle3.config import Eagle3Config, Eagle3ObjectiveConfig
@@ -81,10 +82,12 @@ def check_taps() -> None:
 def test_taps_off_by_one(tmp_path):
     check_taps()
 
-    def one_further(original: Any, self: LiveFeatures, tap: int) -> Any:
-        return original(self, tap + 1 if tap < 3 else tap)
+    def one_further(original: Any, self: LiveFeatures, batch: Batch) -> Features:
+        other = LiveFeatures(self.target, Needs(taps=frozenset(tap + 1 for tap in self.needs.taps), last=True))
+        found: Features = original(other, batch)
+        return dataclasses.replace(found, taps={tap: found.taps[tap + 1] for tap in self.needs.taps})
 
-    with planted(LiveFeatures, "_keeper", one_further):
+    with planted(LiveFeatures, "__call__", one_further):
         check_taps()
 
 

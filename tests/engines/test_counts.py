@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
+from comparing import Limits, Place, faults
 from counting import Counts, Round, disagreements, equal_drafts, places, rounds_of, tally, within
 from hypothesis import given
 from hypothesis import strategies as st
@@ -86,3 +88,17 @@ def test_disagreements_are_shares_of_the_passes() -> None:
     assert line == "draft 2 accepted 103 times in 200 passes, ours 100 in 200"
     (line,) = disagreements(ours, Counts(203, 609, 300, [150, 100, 50]), 0.01)
     assert line == "203 passes with drafts, ours 200"
+
+
+def test_every_condition_can_fail() -> None:
+    limits = Limits(steps=K, tolerance=0.01, enough=50, strict=True)
+    counts = Counts(200, 600, 300, [150, 100, 50])
+    assert faults(limits, counts, counts, [], 1.0) == []
+    few = Counts(20, 60, 49, [20, 19, 10])
+    assert "49 drafts accepted" in faults(limits, few, few, [], 1.0)[0]
+    assert "only 98.0 %" in faults(limits, counts, counts, [], 0.98)[0]
+    assert "draft 2" in faults(limits, counts, Counts(200, 600, 310, [150, 110, 50]), [], 1.0)[0]
+    place = Place(4, 17, {"float32": 0.25})
+    (line,) = faults(limits, counts, counts, [place], 1.0)
+    assert "prompt 4, token 17 (logits 0.25 apart)" in line
+    assert faults(replace(limits, strict=False), counts, few, [place], 0.5) == [faults(limits, few, few, [], 1.0)[0]]

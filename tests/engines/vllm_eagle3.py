@@ -33,17 +33,17 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from counting import Counts, Round, disagreements, equal_drafts, rounds_of, tally, within
+from comparing import Limits, compare, table
+from counting import Round, within
 from safetensors.torch import load_file, save_file
 
 from understudy.assets import drafter_path, pocket_path, prompts_path
-from understudy.bench.check import Checker, first_difference
 from understudy.cli.common import ModelOptions, load
+from understudy.core.checkpoints import find_checkpoint
 from understudy.core.errors import UserError
 from understudy.core.files import check_writable, write_json
 from understudy.core.provenance import environment
@@ -55,12 +55,11 @@ from understudy.decoding.sequence import DecodeSequence
 from understudy.decoding.stops import StopRule
 from understudy.drafters.eagle3.vocab import membership, most_frequent, offsets
 from understudy.drafting.spec import build
-from understudy.target.params import SamplingParams
 from understudy.target.target import Target
 
 SERVE, ENVIRONMENT = (Path(__file__).with_name(name) for name in ("serve_vllm.py", "environment.sh"))
 METHOD = "eagle3"
-SAME_DRAFTS = 0.99  # share of drafted tokens that must be the same in float32: near ties aside it is 1
+Passes = tuple[list[list[int]], list[list[Round]]]
 
 
 def main() -> None:
@@ -81,15 +80,13 @@ def prove(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Everything: the JSON document, with `failures`."""
     if args.output is not None:
         check_writable(args.output)
-    folders = dict.fromkeys(args.drafter or [drafter_path(METHOD)])
-    if lost := [str(folder) for folder in folders if not (folder / "config.json").is_file()]:
-        raise UserError(f"{lost[0]} holds no drafter: give the folder of a checkpoint, --drafter DIR")
+    drafters = named(args.drafter or [drafter_path(METHOD)])
     target = load(ModelOptions(model=args.model, dtype=args.dtype, device="cpu"))
-    exact = target if args.dtype == "float32" else load(ModelOptions(model=args.model, dtype="float32", device="cpu"))
+    targets = [target]
+    if args.dtype != "float32":
+        targets.insert(0, load(ModelOptions(model=args.model, dtype="float32", device="cpu")))
+    limits = Limits(args.steps, args.tolerance, args.enough, strict=args.dtype == "float32")
     prompts = chosen(target, args)
-    drafters = {folder.name: folder for folder in folders}
-    if len(drafters) < len(folders):
-        raise UserError("two drafters' folders have the same name: results could not be told apart")
     if args.reduced:
         drafters |= {
             f"{name}-{args.reduced}": reduced(folder, args.reduced, target, scratch / f"{name}-{args.reduced}")
@@ -100,9 +97,17 @@ def prove(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     plain = serve(args, scratch, None)
     rows, failures = [], list[str]()
     for name, folder in drafters.items():
-        with_drafts = serve(args, scratch, folder)
-        row, faults = compare(args, (target, exact), prompts, plain["outputs"], with_drafts, folder)
-        rows.append({"drafter": name, **row})
+        served = serve(args, scratch, folder)
+        row, faults = compare(
+            limits,
+            targets,
+            prompts,
+            plain["outputs"],
+            served,
+            decoded(target, folder, prompts, args.steps, args.max_tokens),
+        )
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        rows.append({"drafter": name, "vocabulary": config.get("draft_vocab_size") or config["vocab_size"], **row})
         failures += [f"{name}: {fault}" for fault in faults]
     print(table(rows))
     keys = ("dtype", "steps", "max_tokens", "tolerance")
@@ -114,6 +119,16 @@ def prove(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "failures": failures,
         "environment": environment(),
     }
+
+
+def named(paths: Sequence[Path]) -> dict[str, Path]:
+    """The drafters' folders by the names that results give them. A run stands for its best checkpoint."""
+    found = {path.resolve().name: find_checkpoint(path) for path in paths}
+    if len(found) < len(paths):
+        raise UserError("two drafters' folders have the same name: results could not tell them apart")
+    if lost := [str(folder) for folder in found.values() if not (folder / "config.json").is_file()]:
+        raise UserError(f"{lost[0]} holds no drafter: give the folder of a checkpoint or run, --drafter DIR")
+    return found
 
 
 def chosen(target: Target, args: argparse.Namespace) -> list[list[int]]:
@@ -181,11 +196,11 @@ def serve(args: argparse.Namespace, scratch: Path, drafter: Path | None) -> dict
     return document
 
 
-def decoded(target: Target, folder: Path, prompts: Sequence[list[int]], steps: int, length: int) -> Any:
+def decoded(target: Target, folder: Path, prompts: Sequence[list[int]], steps: int, length: int) -> Passes:
     """Our engine: (texts of `length` tokens, the passes that vLLM would have run for each)."""
     drafter = build(f"{METHOD}:{folder},steps={steps}", target)
     texts, passes = [], []
-    with evaluating(target.model, drafter):
+    with timed(f"Understudy with {folder.name}"), evaluating(target.model, drafter):
         for prompt in prompts:
             # K tokens more, so that every pass that counts has room for K drafts
             params = DecodeParams(max_new_tokens=length + steps)

@@ -42,7 +42,7 @@ def _tiny(target: Target) -> list[Drafter]:
     from understudy.drafters.eagle3.start import new_model
 
     made: list[Drafter] = []
-    taps = [0, 1, target.layers - 1]
+    taps = sorted({0, 1, target.layers - 1})
     for seed, (size, drafting) in enumerate(
         [
             (target.vocab_size, Eagle3Config(steps=3)),

@@ -1,0 +1,150 @@
+"""Speed and memory of a training step of EAGLE-3, by width and vocabulary, and what bounds them.
+
+    python benchmarks/training.py --output benchmarks/results/training.json
+
+Targets with random weights (12 layers; width and vocabulary as named), float32, one packed batch of 2 rows of 512 tokens, 65 % of them
+supervised, draft vocabulary and unrolled steps by default (7 steps; at most 32,000 draft tokens). Each case is a process of its own,
+because the most memory that a process ever held cannot be taken back. `memory_gb` is what a step adds to the weights of target and
+drafter, gradients included. `whole` is the same with head and loss in one piece.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from understudy.core.files import write_json
+from understudy.core.provenance import environment
+from understudy.drafters.eagle3.config import Eagle3ObjectiveConfig
+from understudy.drafters.eagle3.start import train_eagle3
+from understudy.drafting.objective import Batch
+from understudy.features.live import LiveFeatures
+from understudy.target.target import Target
+from understudy.training.optimizer import adamw
+from understudy.training.options import TrainOptions
+
+WIDTHS, VOCABULARIES = (256, 1024), (4_096, 131_072)
+ROWS, LENGTH, SUPERVISED = 2, 512, 0.65
+REPEATS = 3
+
+
+def target_of(width: int, vocabulary: int) -> Target:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=12,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 128,
+        head_dim=64,
+        vocab_size=vocabulary,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+    )
+    return Target(Qwen3ForCausalLM(config).float())
+
+
+def batch_of(vocabulary: int) -> Batch:
+    """Rows of two documents; the first third of each is a prompt."""
+    torch.manual_seed(1)
+    half = LENGTH // 2
+    documents = torch.arange(LENGTH).div(half, rounding_mode="floor").repeat(ROWS, 1)
+    positions = torch.arange(LENGTH).remainder(half).repeat(ROWS, 1)
+    return Batch(
+        torch.randint(0, vocabulary, (ROWS, LENGTH)), positions >= (1 - SUPERVISED) * half, documents, positions
+    )
+
+
+def peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def measure(width: int, vocabulary: int, whole: bool) -> dict[str, Any]:
+    """One case: seconds of the parts of a step (medians), tokens per second, memory."""
+    target, batch = target_of(width, vocabulary), batch_of(vocabulary)
+    options = {"loss_chunk": 2**30} if whole else {}
+    objective = train_eagle3(
+        Eagle3ObjectiveConfig(**options), target, None, lambda: torch.arange(vocabulary, 0, -1)
+    ).train()
+    features = LiveFeatures(target, objective.needs)
+    params = [p for p in objective.parameters() if p.requires_grad]
+    optimizer = adamw(params, TrainOptions())
+    held = peak()
+    parts: dict[str, list[float]] = {name: [] for name in ("target", "forward", "backward", "optimizer")}
+    supervised = 0
+    for _ in range(REPEATS + 1):
+        at = [time.perf_counter()]
+        given = features(batch)
+        at.append(time.perf_counter())
+        out = objective(given)
+        at.append(time.perf_counter())
+        (out.loss / out.count).backward()
+        memory = peak() - held
+        at.append(time.perf_counter())
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        at.append(time.perf_counter())
+        supervised = int(out.count)
+        for name, (begin, end) in zip(parts, pairwise(at), strict=True):
+            parts[name].append(end - begin)
+    seconds = {name: statistics.median(values[1:]) for name, values in parts.items()}  # the first step warms up
+    total = sum(seconds.values())
+    trained = sum(p.numel() for p in params)
+    head = objective.drafter.model.lm_head.weight.numel()
+    return {
+        "width": width,
+        "vocabulary": vocabulary,
+        "draft_vocabulary": objective.drafter.model.config.draft_vocab_size,
+        "whole": whole,
+        "trained_weights": trained,
+        "head_share": head / trained,
+        "seconds": seconds,
+        "tokens_per_s": ROWS * LENGTH / total,
+        "supervised_per_s": supervised / total,
+        "memory_gb": memory,
+        "memory_kb_per_supervised_token": memory * 2**20 / supervised,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--case", nargs=3, type=int, metavar=("WIDTH", "VOCABULARY", "WHOLE"), help="one case, in this process"
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.case:
+        width, vocabulary, whole = args.case
+        print(json.dumps(measure(width, vocabulary, bool(whole))))
+        return
+    cases = []
+    for width in WIDTHS:
+        for vocabulary in VOCABULARIES:
+            for whole in (0, 1):
+                command = [sys.executable, __file__, "--threads", str(args.threads), "--case"]
+                done = subprocess.run(
+                    [*command, *map(str, (width, vocabulary, whole))], capture_output=True, text=True, check=True
+                )
+                cases.append(json.loads(done.stdout.splitlines()[-1]))
+                print(cases[-1], flush=True)
+    results = {"cases": cases, "env": environment(0)}
+    if args.output:
+        write_json(args.output, results)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
