@@ -45,7 +45,8 @@ def places(tmp_path_factory) -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", working_commands())
-def test_a_mapped_command_runs(command, places, tmp_path, capsys):
+def test_a_mapped_command_runs(command, places, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
     command = re.sub(r"\b(M|FILE|LORA)\b", lambda found: places[found[0]], command)
     args = shlex.split(command.replace("runs/", f"{tmp_path}/runs/"))
     if args[0] == "bench" and "--num-samples" not in args:

@@ -126,8 +126,6 @@ def named(paths: Sequence[Path]) -> dict[str, Path]:
     found = {path.resolve().name: find_checkpoint(path) for path in paths}
     if len(found) < len(paths):
         raise UserError("two drafters' folders have the same name: results could not tell them apart")
-    if lost := [str(folder) for folder in found.values() if not (folder / "config.json").is_file()]:
-        raise UserError(f"{lost[0]} holds no drafter: give the folder of a checkpoint or run, --drafter DIR")
     return found
 
 

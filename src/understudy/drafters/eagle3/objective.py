@@ -86,33 +86,40 @@ class Eagle3Objective(Objective):
         return model.unroll(taps, features.batch, steps, self.config.checkpoint_steps and self.training)
 
     def _teacher(self, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[C, D] -> (p over the draft tokens [C, V_d], its share of the whole law [C], argmax of the whole law [C])."""
-        with torch.no_grad():
+        """[C, D] -> (p over the draft tokens [C, V_d], log of their share of the whole law [C], argmax of the whole law [C])."""
+        # outside autocast: the target's own numbers are what decoding compares with
+        with torch.no_grad(), torch.autocast(last.device.type, enabled=False):
             logits = self.drafter.target.head(last).float()
             best, ids = logits.argmax(-1), self.drafter.model.ids
             if ids is None:
-                return logits.softmax(-1), torch.ones_like(logits[:, 0]), best
+                return logits.softmax(-1), torch.zeros_like(logits[:, 0]), best
             mine = logits[:, ids]
-            return mine.softmax(-1), (mine.logsumexp(-1) - logits.logsumexp(-1)).exp(), best
+            return mine.softmax(-1), mine.logsumexp(-1) - logits.logsumexp(-1), best
 
     def _said(self, logits: Tensor) -> Tensor:
         """The tokens [..] that the drafter finds likeliest, of logits [.., V_d]."""
         best, ids = logits.argmax(-1), self.drafter.model.ids
         return best if ids is None else ids[best]
 
-    def _losses(self, logits: Tensor, p: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [C, K, V_d], p [C, V_d], its share of the target's law [C] -> (loss [C, K], acceptance rate [C, K]).
+    @property
+    def _overlaps(self) -> bool:
+        """Whether the acceptance rate is computed: where it is the loss, and in evaluation. It costs as much as the loss itself."""
+        return self.config.loss_type in ("tv", "lk") or not self.training
 
-        The acceptance rate, sum_v min(p(v), q(v)) over the whole law, is only computed where it is wanted; else it is nan.
+    def _losses(self, logits: Tensor, p: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [C, K, V_d], p [C, V_d], log of its share of the target's law [C] -> (loss [C, K], acceptance rate [C, K]).
+
+        The acceptance rate is sum_v min(p(v), q(v)) over the whole law; zeros where it is not computed.
         """
-        kind = self.config.loss_type
-        overlap = torch.full_like(logits[..., 0], float("nan"))
-        if kind in ("tv", "lk") or not self.training:
-            overlap = torch.minimum((p * share[:, None])[:, None], logits.softmax(-1)).sum(-1)
-        if kind == "tv":  # 1 - sum_v min(p, q) is half of |p - q|; outside the draft vocabulary q = 0
-            return 1 - overlap, overlap
-        if kind == "lk":  # the same sum as `overlap`; among logarithms laws that hardly meet still have a gradient
-            return -torch.minimum(whole, log_q).logsumexp(-1), overlap
+        kind, overlap = self.config.loss_type, torch.zeros_like(logits[..., 0])
+        if self._overlaps:
+            whole, log_q = (p.log() + share[:, None])[:, None], logits.log_softmax(-1)
+            least = torch.minimum(whole, log_q).logsumexp(-1)  # among logarithms laws that hardly meet still have a gradient
+            overlap = least.exp()
+            if kind == "tv":  # 1 - sum_v min(p, q) is half of |p - q|; outside the draft vocabulary q = 0
+                return 1 - overlap, overlap
+            if kind == "lk":
+                return -least, overlap
         # - sum_v p(v) log q(v) = logsumexp(z) - p . z: no [C, K, V_d] besides the logits is kept
         cross = logits.logsumexp(-1) - torch.bmm(logits, p[..., None])[..., 0]
         if kind == "kl":
@@ -138,7 +145,8 @@ class Eagle3Objective(Objective):
             hit = (self._said(logits.detach()) == best[:, None]) & asks
             rows, step = asks.nonzero(as_tuple=True)
             right[step, at[rows] - 1 - step] = hit[rows, step]
-            loss, overlap = self._losses(logits, p, share)
+            with torch.autocast(logits.device.type, enabled=False):  # its products would be rounded to bf16
+                loss, overlap = self._losses(logits, p, share)
             inside = asks if t2d is None or config.out_of_vocab == "keep" else asks & t2d[best][:, None]
             loss = torch.where(inside, loss, 0.0)
             overlap = torch.where(asks, overlap.detach(), 0.0)
@@ -147,6 +155,8 @@ class Eagle3Objective(Objective):
         chunk = max(1, config.loss_chunk // steps)
         flat = chunked_sums(sums, chunk, align.at, align.last, align.outs, align.asked)
         found = dict(zip(SUMS, flat.view(len(SUMS), steps), strict=True))
+        if not self._overlaps:
+            del found["overlap"]
         decay = config.ttt_decay ** torch.arange(steps, device=flat.device)
         metrics = self._metrics({name: x.detach() for name, x in found.items()}, right.view_as(wanted), wanted)
         return StepOutput((found["loss"] * decay).sum(), count, metrics, divisor)
@@ -164,10 +174,11 @@ class Eagle3Objective(Objective):
             metrics |= {
                 f"acc_{k}": (found["right"][k], asks),
                 f"ploss_{k}": (found["loss"][k], found["lossy"][k]),
-                **({} if found["overlap"].isnan().any() else {f"overlap_{k}": (found["overlap"][k], asks)}),
                 f"cond_acc_{k}": (before.sum(), tried.sum()),
                 f"joint_acc_{k}": (before.sum(), cycles),
             }
+            if "overlap" in found:
+                metrics[f"overlap_{k}"] = (found["overlap"][k], asks)
         return metrics
 
     @torch.no_grad()
