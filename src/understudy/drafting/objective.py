@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -66,7 +67,9 @@ class Predictions:
     hidden: Tensor  # [N, D] the drafter's state at the first position, before its final norm
 
 
-TokenCounts = Callable[[], Tensor]  # [V] int64: how often each token is supervised in the training data. Counting takes time
+TokenCounts = Callable[
+    [], Tensor
+]  # [V] int64: how often each token is supervised in the training data. Counting takes time
 
 
 class Objective(nn.Module):
@@ -96,6 +99,10 @@ class Objective(nn.Module):
     def servable(self) -> dict[str, str]:
         """Engine -> "ok", or why it cannot serve what is trained here."""
         raise NotImplementedError
+
+    def card(self) -> dict[str, Any]:
+        """What `understudy.json` shall say of the drafter that its `config.json` cannot, JSON-ready."""
+        return {}
 
     def save(self, folder: Path) -> None:
         """Write the drafter as a servable checkpoint: `config.json` and `model.safetensors` (the loop adds `understudy.json`)."""

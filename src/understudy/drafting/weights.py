@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from transformers import LlamaConfig
 
 from understudy.core.errors import UserError
 from understudy.core.files import replacing
+from understudy.target.fingerprint import check_made_for, text_hashes
+from understudy.target.target import Target
 
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
 INDICES = (f"{SAFE}.index.json", f"{PICKLED}.index.json")
@@ -92,13 +95,33 @@ def write_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def made_for(folder: Path) -> str | None:
     """The fingerprint of the target that a drafter was trained for, where `understudy.json` beside it says so."""
+    card = read_card(folder)
+    return None if card is None else str(card["target"]["fingerprint"])
+
+
+def read_card(folder: Path) -> dict[str, Any] | None:
+    """`understudy.json` of a checkpoint: what formats cannot say. None if it has none. UserError for one that names no target."""
     try:
-        card = json.loads((folder / "understudy.json").read_text(encoding="utf-8"))
-        return str(card["target"]["fingerprint"])
+        card: dict[str, Any] = json.loads((folder / "understudy.json").read_text(encoding="utf-8"))
+        str(card["target"]["fingerprint"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"cannot read {folder / 'understudy.json'}: it is damaged, or no drafter's") from None
+    return card
+
+
+def check_trained_for(folder: Path, target: Target, what: str, anyway: bool) -> None:
+    """UserError if the drafter in `folder` was trained for another target, unless `anyway`; a warning if prompts are rendered otherwise.
+
+    A drafter that was trained with another chat template, or another thinking mode, drafts badly, and nothing else shows it.
+    """
+    check_made_for(made_for(folder), target, what, anyway)
+    trained = ((read_card(folder) or {}).get("text") or {}).get("chat_template")
+    here = text_hashes(target.tokenizer)["chat_template"]
+    if trained is not None and here is not None and trained != here:
+        warning = "its chat template is not the one of this tokenizer: expect fewer accepted drafts on chats"
+        print(f"warning: {what}: {warning}", file=sys.stderr, flush=True)
 
 
 def _indexed(folder: Path, index: Path) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 import torch
 
@@ -37,6 +38,18 @@ def fingerprint(target: Target) -> str:
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         digest.update(values[at].to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def text_hashes(tokenizer: Any) -> dict[str, str | None]:
+    """16 hex digits of a tokenizer's vocabulary and of its chat template; None for what is not there."""
+    if tokenizer is None:
+        return {"tokenizer": None, "chat_template": None}
+    template = getattr(tokenizer, "chat_template", None)
+    texts = {"tokenizer": tokenizer.get_vocab(), "chat_template": template}
+    return {
+        name: hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()[:16] if text else None
+        for name, text in texts.items()
+    }
 
 
 def check_made_for(found: object, target: Target, what: str, anyway: bool) -> None:

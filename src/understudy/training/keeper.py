@@ -175,5 +175,6 @@ class Keeper:
             "best_tau": self.at.best_tau,
         }
         write_json(
-            folder / "understudy.json", {**self.card, "training": training, "env": environment(self.options.seed)}
+            folder / "understudy.json",
+            {**self.card, **self.objective.card(), "training": training, "env": environment(self.options.seed)},
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from understudy.assets import drafter_path
@@ -15,7 +13,7 @@ from understudy.drafters.eagle3.files import read_drafter
 from understudy.drafters.eagle3.start import train_eagle3
 from understudy.drafting.protocols import Drafter
 from understudy.drafting.spec import Spec
-from understudy.drafting.weights import made_for
+from understudy.drafting.weights import check_trained_for, made_for
 from understudy.target.fingerprint import check_made_for
 from understudy.target.target import Target
 
@@ -23,15 +21,14 @@ from understudy.target.target import Target
 def build(config: Eagle3Config, target: Target, path: str | None) -> Eagle3Drafter:
     """The drafter in `path`; without one, that of the built-in model, for which it was trained."""
     folder = find_checkpoint(path) if path is not None else drafter_path("eagle3")
-    made = made_for(folder)
     if path is None:
         try:
-            check_made_for(made, target, "the built-in drafter", config.any_target)
+            check_made_for(made_for(folder), target, "the built-in drafter", config.any_target)
         except UserError:
             raise UserError(
-                f"drafter eagle3 has no weights for {target.name}: give a checkpoint or run, eagle3:DIR (`understudy train eagle3` makes one)"
+                f"drafter eagle3 has no weights for {target.name}: give a checkpoint, eagle3:DIR; `understudy train eagle3` makes one"
             ) from None
-    check_made_for(made, target, f"the drafter in {folder}", config.any_target)
+    check_trained_for(folder, target, f"the drafter in {folder}", config.any_target)
     model = read_drafter(folder, target)
     return Eagle3Drafter(target, model.to(target.dtype).requires_grad_(False).eval(), config)
 
@@ -55,7 +52,7 @@ def _tiny(target: Target) -> list[Drafter]:
         counts = torch.randint(0, 9, (target.vocab_size,), generator=generator)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = new_model(target, options, new_layout(target, options), lambda counts=counts: counts)
+            model = new_model(target, options, new_layout(target, options), counts.clone)
         made.append(Eagle3Drafter(target, model.to(target.device, target.dtype).requires_grad_(False).eval(), drafting))
     return made
 

@@ -11,20 +11,35 @@ so the second part is a diagonal: one key per step and slot, and no [T, k T] mas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from understudy.target.attention import Pass, PassHolder, attention
 from understudy.target.cache import KVCache
 
 Rotary = tuple[Tensor, Tensor]  # cos, sin: [B, T, d]
-WHOLE = 2**26  # scores of a step that may exist at once; beyond, queries go in chunks that the backward pass computes again
+WHOLE = (
+    2**26
+)  # scores of a step that may exist at once; beyond, queries go in chunks that the backward pass computes again
+
+
+class DraftRotary(LlamaRotaryEmbedding):  # type: ignore[misc]
+    """Rotary factors whose frequencies stay fp32 in a model of any dtype, as in every engine.
+
+    Rounded to bf16 they would be off by up to 0.2 %: at a distance of 100 tokens, by a fifth of a radian.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        exact = self.inv_freq
+        super()._apply(fn, recurse)
+        self.inv_freq = exact.to(self.inv_freq.device)
+        return self
 
 
 class DraftAttention(nn.Module):
@@ -101,7 +116,9 @@ class DraftAttention(nn.Module):
         if most >= rows:
             out = self._merged(q, visible, own_k, own_v, *prefix)
         else:
-            parts = zip(q.split(most, 2), visible.split(most, 2), own_k.split(most, 2), own_v.split(most, 2), strict=True)
+            parts = zip(
+                q.split(most, 2), visible.split(most, 2), own_k.split(most, 2), own_v.split(most, 2), strict=True
+            )
             out = torch.cat([checkpoint(self._merged, *part, *prefix, use_reentrant=False) for part in parts], dim=2)
         return self.o_proj(out.transpose(1, 2).flatten(2)), k, v
 

@@ -34,7 +34,9 @@ class Eagle3ObjectiveConfig(Config):
         "tokens that the drafter can say, the most frequent ones of the training data; default: all, but at most 32,000",
         ge=1,
     )
-    head_init: Literal["target", "random"] = option("target", "where the drafter's head starts: the target's rows, or random")
+    head_init: Literal["target", "random"] = option(
+        "target", "where the drafter's head starts: the target's rows, or random"
+    )
     train_head: bool = option(True, "train the head")
     fc_norm: bool = option(False, "EAGLE-3.1: an RMS norm on every tap")
     norm_before_fc: bool = option(False, "one RMS norm over all taps together")
@@ -51,10 +53,13 @@ class Eagle3ObjectiveConfig(Config):
         "valid", "what summed losses are divided by: slots where a cycle can begin, or all tokens"
     )
     out_of_vocab: Literal["drop", "keep"] = option(
-        "drop", "slots whose likeliest token of the target is outside the draft vocabulary: left out of the loss, or in it"
+        "drop",
+        "slots whose likeliest token of the target is outside the draft vocabulary: left out of the loss, or in it",
     )
     loss_chunk: int = option(4096, "rows whose logits exist at the same time", ge=1)
-    checkpoint_steps: bool = option(False, "compute each unrolled step again in the backward pass: less memory, more time")
+    checkpoint_steps: bool = option(
+        False, "compute each unrolled step again in the backward pass: less memory, more time"
+    )
 
     draft_steps: int = option(6, "most drafts per cycle while acceptance is measured", "num-speculative-tokens", ge=1)
     any_target: bool = option(False, "take --init-from weights that were trained for another target")

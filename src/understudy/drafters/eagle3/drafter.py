@@ -1,8 +1,8 @@
 """Drafting with an EAGLE-3 model: the sequence's state, and a chain of drafts.
 
-The draft layer's cache has a row per committed token but the last: row t holds (embedding of x_{t+1}, fused taps of t). With one layer, keys
-and values of a row need nothing of the rows before it; only the row that is drafted from goes through the whole layer. Rows of drafts come after
-them and are overwritten by the true ones.
+The draft layer's cache has a row per committed token but the last: row t holds (embedding of x_{t+1}, fused taps of t). With one layer,
+keys and values of a row need nothing of the rows before it; only the row that is drafted from goes through the whole layer. Rows of drafts
+come after them and are overwritten by the true ones.
 """
 
 from __future__ import annotations

@@ -93,7 +93,6 @@ def servable(layout: Any, own_embedding: bool = False) -> dict[str, str]:
     taps = taps_of(layout)
     vllm = {
         "its fc has no bias": layout.bias,
-        "with attention_bias it has a bias on o_proj as well, and this drafter has none there": layout.attention_bias,
         "its draft layer knows no activation but silu": layout.hidden_act != "silu",
         "it applies input_norm before fc_norm, we after": layout.fc_norm and layout.norm_before_fc,
     }

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaMLP
 
-from understudy.drafters.eagle3.attention import DraftAttention, Rotary
+from understudy.drafters.eagle3.attention import DraftAttention, DraftRotary, Rotary
 from understudy.drafters.eagle3.layout import taps_of
 from understudy.drafting.objective import Batch
 from understudy.target.cache import KVCache
@@ -71,7 +71,7 @@ class Eagle3Model(nn.Module):
         self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool) if reduced else None)
         self.embed_tokens = nn.Embedding(config.vocab_size, width) if own_embedding else None
         self._shared = [embedding]  # in a list: it is the target's
-        self.rotary = LlamaRotaryEmbedding(config)
+        self.rotary = DraftRotary(config)
         self._tables: Rotary | None = None  # cos, sin [1, rows, d] of positions from 0 on
 
     @property
@@ -133,7 +133,9 @@ class Eagle3Model(nn.Module):
         attended = self.midlayer.self_attn.last(x, rotary, cache)
         return self.midlayer.leave(residual[:, -1:], attended)[0]
 
-    def branches(self, tokens: Tensor, states: Tensor, start: int, position: int, cache: KVCache, seen: Tensor) -> Tensor:
+    def branches(
+        self, tokens: Tensor, states: Tensor, start: int, position: int, cache: KVCache, seen: Tensor
+    ) -> Tensor:
         """Nodes of one depth of a tree, tokens [n] after states [n, H], all at `position`, in cache rows from `start` on: [n, H].
 
         They see all rows of the text, and of the last k rows, n of them their own, what the mask `seen` [n, k] (0 or -inf) leaves.
@@ -159,7 +161,9 @@ class Eagle3Model(nn.Module):
         Taps [B, T, n D]. Tokens are the true ones at every step (teacher forcing). Beyond a document's end slots hold nothing sensible.
         """
         length = batch.ids.shape[1]
-        visible = batch.documents[:, :, None] == batch.documents[:, None, :]  # padding sees padding: no row sees nothing
+        visible = (
+            batch.documents[:, :, None] == batch.documents[:, None, :]
+        )  # padding sees padding: no row sees nothing
         visible = (visible & torch.ones(length, length, dtype=torch.bool, device=taps.device).tril())[:, None]
 
         def step(

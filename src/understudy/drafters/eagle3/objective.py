@@ -2,8 +2,8 @@
 
     loss = sum_k decay^k sum_t l(p_{t+1+k}, q_t^k) / N,    l = - sum_v p(v) log q(v) by default
 
-q_t^k = what the drafter says at unrolled step k of the chain that begins at slot t, p_u = softmax of the target's logits after token u, over
-the draft vocabulary. Slot t drafts x_{t+2+k}, given x_{t+1} and the target's states up to t.
+q_t^k = what the drafter says at unrolled step k of the chain that begins at slot t, p_u = softmax of the target's logits after
+token u, over the draft vocabulary. Slot t drafts x_{t+2+k}, given x_{t+1} and the target's states up to t.
 
 **The mask is exact.** A chain begins at slot t only where decoding begins one: x_{t+1} is committed text of the assistant. Step k is
 asked for only if the answer goes on that far. So (t, k) is supervised iff x_{t+1} .. x_{t+2+k} all belong to the mask and to one document.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from understudy.drafters.eagle3.config import Eagle3ObjectiveConfig
 from understudy.drafters.eagle3.drafter import Eagle3Drafter
 from understudy.drafters.eagle3.files import write_drafter
 from understudy.drafters.eagle3.layout import servable
+from understudy.drafters.eagle3.vocab import digest
 from understudy.drafting.objective import Batch, Features, Objective, Predictions, StepOutput
 from understudy.ops.chunks import chunked_sums
 
@@ -60,7 +62,9 @@ class Aligned:
 def aligned(features: Features, outs: list[Tensor], wanted: Tensor) -> Aligned:
     """`outs` [K][B, T, H], `wanted` [K, B, T]: by teacher row, those that teach anything."""
     assert features.last is not None
-    shifted = torch.stack([F.pad(w[:, : -1 - k], (1 + k, 0)) if k + 1 < w.shape[1] else w & False for k, w in enumerate(wanted)], -1)
+    shifted = torch.stack(
+        [F.pad(w[:, : -1 - k], (1 + k, 0)) if k + 1 < w.shape[1] else w & False for k, w in enumerate(wanted)], -1
+    )
     by_row = shifted.flatten(0, 1)  # [B T, K]
     at = by_row.any(-1).nonzero()[:, 0]
     picked = [out.flatten(0, 1)[(at - 1 - k).clamp_min(0)] for k, out in enumerate(outs)]
@@ -114,7 +118,9 @@ class Eagle3Objective(Objective):
         kind, overlap = self.config.loss_type, torch.zeros_like(logits[..., 0])
         if self._overlaps:
             whole, log_q = (p.log() + share[:, None])[:, None], logits.log_softmax(-1)
-            least = torch.minimum(whole, log_q).logsumexp(-1)  # among logarithms laws that hardly meet still have a gradient
+            least = torch.minimum(whole, log_q).logsumexp(
+                -1
+            )  # among logarithms laws that hardly meet still have a gradient
             overlap = least.exp()
             if kind == "tv":  # 1 - sum_v min(p, q) is half of |p - q|; outside the draft vocabulary q = 0
                 return 1 - overlap, overlap
@@ -188,10 +194,14 @@ class Eagle3Objective(Objective):
         outs = self._unroll(features, steps)
         model, ids, align = self.drafter.model, self.drafter.model.ids, aligned(features, outs, wanted)
         size = wanted[0].numel()
-        said = {name: torch.zeros(steps, size, dtype=torch.int64, device=wanted.device) for name in ("predicted", "target")}
+        said = {
+            name: torch.zeros(steps, size, dtype=torch.int64, device=wanted.device) for name in ("predicted", "target")
+        }
         said |= {name: torch.zeros(steps, size, device=wanted.device) for name in ("pred_conf", "target_conf")}
         chunk = max(1, self.config.loss_chunk // steps)
-        for at, last, states, asks in zip(*(x.split(chunk) for x in (align.at, align.last, align.outs, align.asked)), strict=True):
+        for at, last, states, asks in zip(
+            *(x.split(chunk) for x in (align.at, align.last, align.outs, align.asked)), strict=True
+        ):
             rows, step = asks.nonzero(as_tuple=True)
             best = self._teacher(last)[2][rows]
             q = model.logits(states[rows, step]).float().softmax(-1)
@@ -211,13 +221,19 @@ class Eagle3Objective(Objective):
 
     def lengths(self, features: Features) -> Tensor:
         wanted, said, _ = self._look(features, self.drafter.steps)
-        hits = (said["predicted"] == said["target"]).view_as(wanted) & wanted
+        ids, length = features.batch.ids, features.batch.ids.shape[1]
+        # the text itself says what was accepted: under a penalty, or at a near tie, the target's raw argmax need not
+        text = [F.pad(ids[:, 2 + k :], (0, min(2 + k, length)), value=-1) for k in range(len(wanted))]
+        hits = (said["predicted"].view_as(wanted) == torch.stack(text)) & wanted
         runs = hits.long().cumprod(0).sum(0)
         return F.pad(runs[:, :-1], (1, 0))
 
     def servable(self) -> dict[str, str]:
         return servable(self.drafter.model.config, self.drafter.model.embed_tokens is not None)
 
+    def card(self) -> dict[str, Any]:
+        ids = self.drafter.model.ids
+        return {"vocabulary_map": None if ids is None else digest(ids)}
+
     def save(self, folder: Path) -> None:
         write_drafter(self.drafter.model, folder)
-

@@ -17,8 +17,7 @@ from understudy.drafters.eagle3.model import Eagle3Model
 from understudy.drafters.eagle3.objective import Eagle3Objective
 from understudy.drafters.eagle3.vocab import membership, most_frequent, offsets
 from understudy.drafting.objective import TokenCounts
-from understudy.drafting.weights import made_for
-from understudy.target.fingerprint import check_made_for
+from understudy.drafting.weights import check_trained_for
 from understudy.target.target import Target
 
 
@@ -29,7 +28,7 @@ def train_eagle3(
     if start is None:
         model = new_model(target, config, new_layout(target, config), counts)
     else:
-        check_made_for(made_for(start), target, f"the drafter in {start}", config.any_target)
+        check_trained_for(start, target, f"the drafter in {start}", config.any_target)
         model = read_drafter(start, target)
         _same(config, model, start)
     drafter = Eagle3Drafter(target, model.to(target.device, target.dtype), Eagle3Config(steps=config.draft_steps))
@@ -63,7 +62,12 @@ def new_model(target: Target, config: Eagle3ObjectiveConfig, layout: Any, counts
 
 
 def _same(config: Eagle3ObjectiveConfig, model: Eagle3Model, start: Path) -> None:
-    """UserError where an option asks for another shape than the checkpoint has: its weights would mean something else."""
+    """UserError where an option asks for another shape than the checkpoint has: its weights would mean something else.
+
+    Options that leave a shape open (no taps, no size) ask for nothing.
+    """
+    if "head_init" in config.model_fields_set and config.head_init != "target":
+        raise UserError(f"{start} has a head, and a checkpoint keeps it: leave --head-init out")
     have = {
         "taps": list(taps_of(model.config)),
         "draft_vocab_size": model.config.draft_vocab_size,
@@ -71,5 +75,9 @@ def _same(config: Eagle3ObjectiveConfig, model: Eagle3Model, start: Path) -> Non
     }
     for name, value in have.items():
         asked = getattr(config, name)
-        if name in config.model_fields_set and asked != value and (name != "taps" or sorted(asked) != value):
-            raise UserError(f"{start} has {name} {value}, and a checkpoint keeps it: leave --{name.replace('_', '-')} out")
+        if name not in config.model_fields_set or asked is None or asked == []:
+            continue
+        if (sorted(asked) if isinstance(asked, list) else asked) != value:
+            raise UserError(
+                f"{start} has {name} {value}, and a checkpoint keeps it: leave --{name.replace('_', '-')} out"
+            )

@@ -5,6 +5,8 @@ On disk it is `d2t` [V_d] int64, offsets (column i says token i + d2t[i]), and `
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,11 @@ def membership(ids: Tensor, vocab_size: int) -> Tensor:
     inside = torch.zeros(vocab_size, dtype=torch.bool)
     inside[ids.cpu()] = True
     return inside
+
+
+def digest(ids: Tensor) -> str:
+    """16 hex digits that tell one draft vocabulary from another."""
+    return hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def ids_of(d2t: Tensor, vocab_size: int, where: str) -> Tensor:

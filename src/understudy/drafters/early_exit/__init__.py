@@ -19,7 +19,7 @@ from understudy.drafters.early_exit.shallow import ShallowLoRA
 from understudy.drafting.lora import load_lora_state_dict
 from understudy.drafting.protocols import Drafter
 from understudy.drafting.spec import Spec
-from understudy.drafting.weights import made_for
+from understudy.drafting.weights import check_trained_for
 from understudy.target.fingerprint import check_made_for
 from understudy.target.probe import probe
 from understudy.target.target import Target
@@ -55,7 +55,7 @@ def _with_adapter(config: ExitConfig, target: Target, name: str, path: str | Non
             raise UserError(f"{folder} was trained at exit layer {trained}, not {config.exit_layer}")
         config = config.model_copy(update={"exit_layer": trained})
     _checked(config, target, name)
-    check_made_for(made_for(folder), target, f"the adapter in {folder}", config.any_target)
+    check_trained_for(folder, target, f"the adapter in {folder}", config.any_target)
     return config, read_adapter(folder, target)
 
 

@@ -24,10 +24,9 @@ from understudy.drafters.early_exit.drafter import ExitDrafter
 from understudy.drafters.early_exit.files import exit_layer_of, read_adapter, write_adapter
 from understudy.drafting.lora import lora_state_dict
 from understudy.drafting.objective import Batch, Features, Objective, Predictions, StepOutput, TokenCounts
-from understudy.drafting.weights import made_for
+from understudy.drafting.weights import check_trained_for
 from understudy.ops import laws
 from understudy.ops.chunks import chunked_sums
-from understudy.target.fingerprint import check_made_for
 from understudy.target.probe import probe
 from understudy.target.target import Target
 
@@ -192,7 +191,7 @@ def train_kangaroo(
         )
     probe(target, "split", config.exit_layer)
     if start is not None:
-        check_made_for(made_for(start), target, f"the adapter in {start}", config.any_target)
+        check_trained_for(start, target, f"the adapter in {start}", config.any_target)
     adapter = Adapter.identity(target, config.exit_layer) if start is None else read_adapter(start, target)
     if start is not None and (trained := exit_layer_of(start)) not in (None, config.exit_layer):
         raise UserError(f"{start} was trained at exit layer {trained}: give --exit-layer {trained}")
