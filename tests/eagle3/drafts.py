@@ -44,15 +44,24 @@ def text(length: int, seed: int = 0) -> list[int]:
     return random.Random(f"text {seed}").choices(range(V), k=length)
 
 
-def drafter(on: Target | None = None, seed: int = 0, spread: float = 0.25, steps: int = 4, tree: bool = False, top_k: int = 3,
-            nodes: int = 9, **options: Any) -> Eagle3Drafter:  # fmt: skip
-    """Random wide weights; `options` are the objective's (draft_vocab_size, flags)."""
+def drafter(on: Target | None = None, seed: int = 0, spread: float = 0.25, lessons: int = 0, steps: int = 4, tree: bool = False,
+            top_k: int = 3, nodes: int = 9, **options: Any) -> Eagle3Drafter:  # fmt: skip
+    """Random wide weights, and after `lessons` steps of training some that know the target a little.
+
+    `options` are the objective's (draft_vocab_size, flags)."""
     on = target() if on is None else on
-    model = reference.objective(on, seed, spread, **options).drafter.model.requires_grad_(False).eval()
+    objective = reference.objective(on, seed, spread, **options)
+    if lessons:
+        texts = [[*text(5, s), *tiny.continuation(on.model, text(5, s), 20)] for s in (20, 21)]
+        rows = [[reference.Document(each, [i >= 4 for i in range(len(each))])] for each in texts]
+        reference.taught(objective, rows, lessons)
+    model = objective.drafter.model.requires_grad_(False).eval()
     return Eagle3Drafter(on, model, Eagle3Config(steps=steps, tree=tree, top_k=top_k, nodes=nodes))
 
 
-def opened(drafter: Eagle3Drafter, prompt: list[int], sampling: SamplingParams | None = None, **options: Any) -> DecodeSequence:
+def opened(
+    drafter: Eagle3Drafter, prompt: list[int], sampling: SamplingParams | None = None, **options: Any
+) -> DecodeSequence:
     """A prefilled sequence, its first token not chosen yet."""
     params = DecodeParams(**{"max_new_tokens": 24, "prefill_chunk": 7, **options})
     sequence = DecodeSequence(drafter.target, drafter, params, sampling or SamplingParams(), StopRule())

@@ -50,7 +50,9 @@ class Document:
 def document(length: int, mask: str | None = None, seed: int = 0) -> Document:
     """`mask` such as "..##.#", one sign per token; None = the second half."""
     tokens = random.Random(f"document {seed}").choices(range(V), k=length)
-    return Document(tokens, [i >= length // 2 for i in range(length)] if mask is None else [sign == "#" for sign in mask])
+    return Document(
+        tokens, [i >= length // 2 for i in range(length)] if mask is None else [sign == "#" for sign in mask]
+    )
 
 
 def pack(rows: Sequence[Sequence[Document]], length: int | None = None) -> Batch:
@@ -78,7 +80,9 @@ def objective(target: Target, seed: int = 0, spread: float = 0.25, **options: An
     return Eagle3Objective(drafter, config)
 
 
-def taught(objective: Eagle3Objective, rows: Sequence[Sequence[Document]], steps: int = 60, lr: float = 3e-3) -> Eagle3Objective:
+def taught(
+    objective: Eagle3Objective, rows: Sequence[Sequence[Document]], steps: int = 60, lr: float = 3e-3
+) -> Eagle3Objective:
     """The same objective after some steps on `rows`."""
     given = features(objective, pack(rows))
     optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=lr)
@@ -223,7 +227,10 @@ class Slow:
             right = float(sum(s.right for s in tried))
             found |= {
                 f"acc_{k}": (float(sum(s.right for s in asked)), float(len(asked))),
-                f"ploss_{k}": (float(sum(s.loss.detach() for s in asked if s.counted)), float(sum(s.counted for s in asked))),
+                f"ploss_{k}": (
+                    float(sum(s.loss.detach() for s in asked if s.counted)),
+                    float(sum(s.counted for s in asked)),
+                ),
                 f"overlap_{k}": (sum(s.overlap for s in asked), float(len(asked))),
                 f"cond_acc_{k}": (right, float(len(tried))),
                 f"joint_acc_{k}": (right, float(self.cycles)),
@@ -281,5 +288,7 @@ def slow(objective: Eagle3Objective, documents: Sequence[Document]) -> Slow:
         found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     else:
         found = (None,) * len(trained)
-    gradients = {name: torch.zeros_like(x) if g is None else g for (name, x), g in zip(trained.items(), found, strict=True)}
+    gradients = {
+        name: torch.zeros_like(x) if g is None else g for (name, x), g in zip(trained.items(), found, strict=True)
+    }
     return Slow(slots, cycles, loss.detach(), gradients, min(gaps))

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+
+import pytest
 
 import tiny
 from eagle3 import reference
 from eagle3.reference import Document
+from understudy.core.files import write_json
 from understudy.decoding.engine import decode
 from understudy.decoding.request import DecodeParams
 from understudy.decoding.sequence import DecodeSequence
+from understudy.drafters.eagle3.config import Eagle3Config
 from understudy.drafters.eagle3.drafter import Eagle3Drafter
+from understudy.drafters.eagle3.files import read_drafter
 from understudy.drafters.eagle3.objective import Eagle3Objective
 
 NEW = 40
+PROMPT = tiny.prompt(12, 3)
 
 
 def met(drafter: Eagle3Drafter, prompt: list[int], new: int = NEW, chunk: int = 512) -> tuple[list[int], list[Any]]:
@@ -57,3 +70,33 @@ def agree(objective: Eagle3Objective, prompt: list[int], drafter: Eagle3Drafter 
 def text_of(family: str, prompt: list[int]) -> list[list[Document]]:
     answer = tiny.reference(family, prompt, NEW)
     return [[Document(prompt + answer, [False] * len(prompt) + [True] * len(answer))]]
+
+
+@contextmanager
+def planted(owner: Any, name: str, fault: Callable[..., Any]) -> Iterator[None]:
+    """`fault(original, *args)` instead of a function of ours. What is checked inside has to fail."""
+    original = getattr(owner, name)
+
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        return fault(original, *args, **kwargs)
+
+    static = isinstance(inspect.getattr_static(owner, name), staticmethod)
+    with patch.object(owner, name, staticmethod(faulty) if static else faulty), pytest.raises(AssertionError):
+        yield
+
+
+@functools.cache
+def learned(**options: Any) -> Eagle3Objective:
+    """A drafter that knows a text of the target half."""
+    objective = reference.objective(tiny.target("llama"), ttt_length=4, spread=0.05, **options)
+    return reference.taught(objective, text_of("llama", PROMPT))
+
+
+def served(objective: Eagle3Objective, folder: Path) -> Eagle3Drafter:
+    """What is read back of a checkpoint."""
+    model = read_drafter(folder, objective.drafter.target)
+    return Eagle3Drafter(objective.drafter.target, model, Eagle3Config(steps=objective.drafter.steps))
+
+
+def change(folder: Path, **keys: Any) -> None:
+    write_json(folder / "config.json", {**json.loads((folder / "config.json").read_text()), **keys})

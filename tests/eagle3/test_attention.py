@@ -14,10 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+import tiny
 from eagle3 import reference
+from eagle3.reference import Document
 from understudy.drafters.eagle3 import attention
 from understudy.drafters.eagle3.attention import DraftAttention, Rotary
 from understudy.target.cache import KVCache
+from understudy.target.target import Target
 
 HEADS = {"one key head": (4, 1), "two": (4, 2), "a key head per query head": (2, 2)}
 
@@ -94,13 +97,19 @@ def test_values_and_gradients_are_those_of_a_dense_mask(heads, whole):
         found = torch.autograd.grad(sums, [*got, *made.parameters()])
     wanted, want = dense(made, rope, documents, positions, xs)
     torch.testing.assert_close(outs, wanted, rtol=1e-4, atol=1e-4)
-    gradients = torch.autograd.grad(sum((o * (k + 1)).pow(2).sum() for k, o in enumerate(wanted)), [*want, *made.parameters()])
+    gradients = torch.autograd.grad(
+        sum((o * (k + 1)).pow(2).sum() for k, o in enumerate(wanted)), [*want, *made.parameters()]
+    )
     for a, b in zip(found, gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=3), min_size=1, max_size=3), st.integers(1, 4), st.integers(1, 40))
+@given(
+    st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=3), min_size=1, max_size=3),
+    st.integers(1, 4),
+    st.integers(1, 40),
+)
 def test_ragged_documents(rows, steps, whole):
     made, rope = layer()
     documents, positions = layout(rows)
@@ -158,3 +167,20 @@ def test_scores_exist_for_a_chunk_of_queries(chunk):
         out, *_ = made.unrolled(again, rope(again, positions + 1), visible, [tuple(first)])
         out.sum().backward()
     assert seen.elements == max(4 * chunk * 65, 64 * 32)
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+def test_logits_exist_for_a_chunk_of_rows(reduced):
+    """Of head, teacher and loss, forward and backward: no tensor is larger than a chunk of logits over the vocabulary."""
+    target = Target(tiny.fresh_model("llama", vocab_size=4096), name="wide")
+    rows = [[Document(tiny.prompt(50, 1), [True] * 50)]]  # 48 rows of the target teach up to 3 steps each
+    largest = {}
+    for chunk in (48, 4096):
+        objective = reference.objective(target, loss_chunk=chunk, draft_vocab_size=3000 if reduced else None)
+        features = reference.features(objective, reference.pack(rows))
+        with Largest() as seen:
+            objective(features).loss.backward()
+            objective.predictions(features), objective.lengths(features)
+        largest[chunk] = seen.elements
+    assert 32 * 4096 < largest[48] <= 48 * 4096  # more than the gradient of the head
+    assert largest[4096] == 48 * 3 * (3000 if reduced else 4096)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from typing import Any
 
 import pytest
@@ -33,17 +34,24 @@ from understudy.target.target import Target
 CLEAR = 1e-4  # below this, float32 may choose otherwise
 KINDS: dict[str, dict[str, Any]] = {
     "chain": {"norm_output": True},
-    "reduced": {"draft_vocab_size": 5, "fc_norm": True},
+    "reduced": {"draft_vocab_size": 7, "fc_norm": True},
     "tree": {"draft_vocab_size": 8, "tree": True, "norm_before_residual": True},
     "wide tree": {"tree": True, "top_k": 5, "nodes": 20, "norm_before_fc": True},
 }
-CASES = [("llama", kind) for kind in KINDS] + [(f, kind) for f in ("gemma3", "cohere2", "granite", "qwen3-vl") for kind in ("reduced", "tree")]
+OTHERS = ("gemma3", "cohere2", "granite", "qwen3-vl")
+CASES = [("llama", kind) for kind in KINDS] + [(family, kind) for family in OTHERS for kind in ("reduced", "tree")]
+
+
+@cache
+def made(kind: str, family: str = "llama", context: int = 512) -> Eagle3Drafter:
+    """Drafters that have learned a little, so that paths of any length are accepted."""
+    return drafts.drafter(drafts.target(family, context), seed=1, lessons=12, spread=0.05, **KINDS[kind])
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
 def test_drafts_are_the_slow_ones(family: str, kind: str) -> None:
-    """In every cycle of a run in which some drafts are accepted and some are not, or only a part of a path."""
-    drafter = drafts.drafter(drafts.target(family), seed=1, **KINDS[kind])
+    """In every cycle of a run, after accepted paths of different lengths."""
+    drafter = made(kind, family)
     compared = []
 
     def compare(proposal: Proposal) -> None:
@@ -58,7 +66,8 @@ def test_drafts_are_the_slow_ones(family: str, kind: str) -> None:
             assert set(found) == set(want) and len(found) == len(want), f"after {sequence.tokens}"
             compared.append(len(found))
 
-    sequence = DecodeSequence(drafter.target, Wrapped(drafter, on_propose=compare), DecodeParams(max_new_tokens=14, prefill_chunk=3), stop=StopRule())
+    params = DecodeParams(max_new_tokens=14, prefill_chunk=3)
+    sequence = DecodeSequence(drafter.target, Wrapped(drafter, on_propose=compare), params, stop=StopRule())
     sequence.prefill(drafts.text(7))
     cycles = list(decode(sequence))[1:]
     assert len(compared) >= len(cycles) // 2 and sum(compared) >= 10
@@ -66,8 +75,8 @@ def test_drafts_are_the_slow_ones(family: str, kind: str) -> None:
 
 
 def test_such_runs_accept_and_reject() -> None:
-    for kind, options in KINDS.items():
-        sequence = drafts.opened(drafts.drafter(seed=1, **options), drafts.text(7), max_new_tokens=60)
+    for kind in KINDS:
+        sequence = drafts.opened(made(kind), drafts.text(7), max_new_tokens=60)
         cycles = list(decode(sequence))[1:]
         lengths = {cycle.accepted for cycle in cycles}
         assert len(lengths) >= 3, f"{kind} accepts only {lengths}"
@@ -84,12 +93,18 @@ def _same_as_fresh(sequence: DecodeSequence, drafter: Eagle3Drafter, may_be_noth
     got = drafts.proposed(sequence)
     if may_be_nothing and not len(got.tokens):
         return
-    assert drafts.paths(got) == drafts.paths(drafts.proposed(drafts.at(drafter, list(sequence.tokens)))), sequence.tokens
+    assert drafts.paths(got) == drafts.paths(drafts.proposed(drafts.at(drafter, list(sequence.tokens)))), (
+        sequence.tokens
+    )
 
 
 def _broken_cycle(sequence: DecodeSequence, where: str) -> None:
     """One cycle that fails after drafting, verifying or observing."""
-    owner, method = {"draft": (sequence.draft, "propose"), "verify": (sequence.target, "verify"), "observe": (sequence.draft, "observe")}[where]
+    owner, method = {
+        "draft": (sequence.draft, "propose"),
+        "verify": (sequence.target, "verify"),
+        "observe": (sequence.draft, "observe"),
+    }[where]
     call = getattr(owner, method)
 
     def failing(*args: object) -> None:
@@ -105,6 +120,8 @@ def _broken_cycle(sequence: DecodeSequence, where: str) -> None:
         delattr(owner, method)
 
 
+HISTORIES = settings(deadline=None, max_examples=40, database=None, derandomize="CI" in os.environ,
+                     suppress_health_check=list(HealthCheck))  # fmt: skip
 operations = st.one_of(
     st.tuples(st.just("decode"), st.integers(1, 4)),
     st.tuples(st.just("fail"), st.sampled_from(["draft", "verify", "observe"])),
@@ -116,10 +133,11 @@ operations = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=40, database=None, derandomize="CI" in os.environ, suppress_health_check=list(HealthCheck))
+@HISTORIES
 @given(st.sampled_from(sorted(KINDS)), st.integers(1, 8), st.lists(operations, min_size=1, max_size=8))
 def test_any_history(kind: str, length: int, history: list[tuple[str, Any]]) -> None:
-    drafter = drafts.drafter(seed=1, **KINDS[kind])
+    """Cycles, failures, rewinds, turns, forks, drafts that are thrown away, cycles without drafts."""
+    drafter = made(kind)
     sequence = drafts.opened(drafter, drafts.text(length), max_new_tokens=30)
     behind = False  # the row to draft from went with a rewind; the next cycle brings it back
     for what, how in [*history, ("decode", 2)]:
@@ -150,7 +168,7 @@ def test_any_history(kind: str, length: int, history: list[tuple[str, Any]]) -> 
 
 @pytest.mark.parametrize("kind", ["chain", "tree"])
 def test_forks_do_not_share_rows(kind: str) -> None:
-    drafter = drafts.drafter(seed=1, **KINDS[kind])
+    drafter = made(kind)
     sequence = drafts.opened(drafter, drafts.text(6), max_new_tokens=30)
     for _ in zip(range(3), decode(sequence), strict=False):
         pass
@@ -167,7 +185,7 @@ def test_forks_do_not_share_rows(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["chain", "tree"])
 def test_a_prefill_that_fails_while_rows_are_written(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that were not written do not count as written."""
-    drafter = drafts.drafter(seed=1, **KINDS[kind])
+    drafter = made(kind)
     sequence = drafts.opened(drafter, drafts.text(9), max_new_tokens=3)
     list(decode(sequence))
     before, write = list(sequence.tokens), drafter.model.write
@@ -195,7 +213,7 @@ def test_exceptions_in_observe(name: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_budgets(kind: str) -> None:
-    drafter = drafts.drafter(seed=1, **KINDS[kind])
+    drafter = made(kind)
     sequence = drafts.at(drafter, drafts.text(6))
     whole = drafts.paths(drafts.proposed(sequence))
     for depth in (0, 1, 2, 4):
@@ -226,22 +244,21 @@ def test_options_of_the_tree() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_end_of_the_context(kind: str) -> None:
     """The text fills the context to its last position; a session asked for more drafts than fit drafts those that fit."""
-    on = drafts.target(context=24)
-    drafter, prompt = drafts.drafter(on, seed=1, **KINDS[kind]), drafts.text(13)
+    drafter, prompt = made(kind, context=24), drafts.text(13)
     sequence = drafts.opened(drafter, prompt, max_new_tokens=99)
     for cycle in decode(sequence):
         left = 24 - len(sequence.tokens)
         if left < 4 and cycle.index:
             found = drafts.paths(drafts.proposed(sequence, Budget(9, 60)))
             assert max(map(len, found), default=0) == left
-    assert sequence.output == tiny.continuation(on.model, prompt, 11) and sequence.finished == "length"
+    assert sequence.output == tiny.continuation(drafter.target.model, prompt, 11) and sequence.finished == "length"
 
 
 def test_a_text_of_one_token() -> None:
-    for kind, options in KINDS.items():
-        drafter = drafts.drafter(seed=1, **options)
-        sequence = drafts.opened(drafter, [4], max_new_tokens=12)
-        assert [token for cycle in decode(sequence) for token in cycle.committed] == tiny.continuation(drafter.target.model, [4], 12), kind
+    want = tiny.continuation(drafts.target().model, [4], 12)
+    for kind in KINDS:
+        sequence = drafts.opened(made(kind), [4], max_new_tokens=12)
+        assert [token for cycle in decode(sequence) for token in cycle.committed] == want, kind
 
 
 # Laws
@@ -265,7 +282,7 @@ def test_the_recorded_law_is_that_of_the_draft_vocabulary() -> None:
 
 def test_trees_are_matched_and_not_rejected() -> None:
     """Their shape depends on their tokens, so nothing is drawn: the same tree at any temperature, and no q."""
-    drafter, text = drafts.drafter(seed=1, **KINDS["tree"]), drafts.text(6)
+    drafter, text = made("tree"), drafts.text(6)
     sequence = drafts.at(drafter, text, sampling=SAMPLED, draft_sampling="sample")
     proposal = drafts.proposed(sequence)
     assert sequence.recorder.settle(proposal) is None
@@ -297,8 +314,8 @@ def test_a_tree_accepts_no_less_than_a_chain() -> None:
     document = reference.Document(text, [i >= 8 for i in range(len(text))])
     objective = reference.objective(target, spread=0.0, ttt_length=4)
     taus = []
-    for _ in range(2):
-        reference.taught(objective, [[document]], 25)
+    for lessons in (20, 60):
+        reference.taught(objective, [[document]], lessons, lr=1e-2)
         pair = {}
         for tree in (False, True):
             config = Eagle3Config(steps=4, tree=tree, top_k=4, nodes=16)
@@ -310,13 +327,14 @@ def test_a_tree_accepts_no_less_than_a_chain() -> None:
             pair[tree] = 39 / len(cycles)
         taus.append(pair)
     half, whole = taus
-    assert 1.2 < half[False] < half[True] and half[False] < whole[False] <= whole[True] and whole[True] > 4, taus
+    assert 1.2 < half[False] < half[True] < 3 < whole[False] <= whole[True], taus
 
 
 def test_trees_are_refused_where_the_family_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that see all rows before them are right for chains only."""
     target = Target(tiny.model("llama"))
-    monkeypatch.setattr("understudy.target.session.ancestors", lambda parents: torch.ones(len(parents), len(parents)).bool().tril())
+    row_causal = lambda parents: torch.ones(len(parents), len(parents)).bool().tril()  # noqa: E731
+    monkeypatch.setattr("understudy.target.session.ancestors", row_causal)
 
     def sequence(drafter: Drafter) -> DecodeSequence:
         return DecodeSequence(target, drafter, stop=StopRule())

@@ -213,7 +213,16 @@ def test_a_run_is_accepted_wherever_a_checkpoint_is_and_only_by_its_target(tmp_p
     }.items():
         found = build(f"eagle3:{tmp_path}{where}", on).model
         assert torch.equal(found.fc.weight, drafter(seed=step).fc.weight), where
+    for file in ("config.json", "model.safetensors", "understudy.json"):
+        with pytest.raises(UserError, match=f"{file} is a file; give the folder that it is in"):
+            build(f"eagle3:{made[100] / file}", on)
     write_json(made[100] / "understudy.json", {"target": {"fingerprint": "another"}})
     with pytest.raises(UserError, match=r"was trained for another target than eight.*any_target=true"):
         build(f"eagle3:{tmp_path}", on)
     build(f"eagle3:{tmp_path},any_target=true", on)
+
+
+def test_rotary_frequencies_stay_exact_in_every_dtype():
+    """Engines compute them in fp32; rounded to bf16, angles at position 1000 would be off by a radian."""
+    exact = 1e4 ** (-torch.arange(0, 8, 2) / 8)
+    torch.testing.assert_close(drafter().to(torch.bfloat16).rotary.inv_freq, exact, rtol=0, atol=1e-7)

@@ -56,11 +56,13 @@ def agree(objective: Eagle3Objective, rows: list[list[Document]], gap: float = 0
     torch.testing.assert_close(out.loss.detach().double(), want.loss, rtol=1e-4, atol=1e-4)
     compare(reference.gradients(objective, out.loss), want.gradients)
     tokens = sum(len(d.tokens) for d in documents)
-    assert (None if out.divisor is None else int(out.divisor)) == (tokens if objective.config.loss_normalizer == "all" else None)
+    assert (None if out.divisor is None else int(out.divisor)) == (
+        tokens if objective.config.loss_normalizer == "all" else None
+    )
     wanted = want.metrics(objective.config.ttt_length) if want.cycles else {}
-    assert {name: (float(total), float(count)) for name, (total, count) in objective.eval()(features).metrics.items()} == {
-        name: pytest.approx(pair, rel=1e-4, abs=1e-4) for name, pair in wanted.items()
-    }
+    assert {
+        name: (float(total), float(count)) for name, (total, count) in objective.eval()(features).metrics.items()
+    } == {name: pytest.approx(pair, rel=1e-4, abs=1e-4) for name, pair in wanted.items()}
     without = "-" if objective.config.loss_type in ("tv", "lk") else "overlap"
     assert {name: (float(total), float(count)) for name, (total, count) in out.metrics.items()} == {
         name: pytest.approx(pair, rel=1e-4, abs=1e-4) for name, pair in wanted.items() if not name.startswith(without)
@@ -74,7 +76,9 @@ def agree_on_sight(
     """`predictions` and `lengths`."""
     found, columns = objective.predictions(features), features.batch.ids.shape[1]
     begins = {
-        places[s.document][0] * columns + places[s.document][1] + s.t + 1: (s.document, s.t) for s in want.slots if not s.k
+        places[s.document][0] * columns + places[s.document][1] + s.t + 1: (s.document, s.t)
+        for s in want.slots
+        if not s.k
     }
     assert found.slots.tolist() == sorted(begins)
     for i, at in enumerate(found.slots.tolist()):
@@ -99,7 +103,9 @@ def compare(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
     largest = max(float(gradient.abs().max()) for gradient in want.values())
     for name, gradient in want.items():
         scale = max(float(gradient.abs().max()), largest / 100, 1e-6)
-        torch.testing.assert_close(got[name].double() / scale, gradient / scale, rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            got[name].double() / scale, gradient / scale, rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -129,7 +135,11 @@ CASES: dict[str, dict[str, Any]] = {
 def test_everything_is_what_the_slow_one_says(case):
     objective = reference.objective(reference.small(), **CASES[case])
     agree(objective, ROWS)
-    want = {name for name, _ in objective.drafter.model.named_parameters() if name != "lm_head.weight" or case != "frozen head"}
+    want = {
+        name
+        for name, _ in objective.drafter.model.named_parameters()
+        if name != "lm_head.weight" or case != "frozen head"
+    }
     assert {name for name, p in objective.drafter.model.named_parameters() if p.requires_grad} == want
 
 

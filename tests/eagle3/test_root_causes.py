@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,57 +14,21 @@ from torch import Tensor
 import tiny
 from eagle3 import reference
 from eagle3.reference import Document, document
-from eagle3.serving import agree, met, text_of
-from eagle3.test_attention import Largest
+from eagle3.serving import PROMPT, agree, change, learned, planted, served, text_of
 from understudy.core.errors import UserError
-from understudy.core.files import write_json
 from understudy.core.records import Needs
 from understudy.drafters.eagle3 import objective as module
 from understudy.drafters.eagle3 import start
 from understudy.drafters.eagle3.attention import DraftAttention
-from understudy.drafters.eagle3.config import Eagle3Config, Eagle3ObjectiveConfig
-from understudy.drafters.eagle3.drafter import Eagle3Drafter
+from understudy.drafters.eagle3.config import Eagle3ObjectiveConfig
 from understudy.drafters.eagle3.files import read_drafter
 from understudy.drafters.eagle3.model import Eagle3Model
-from understudy.drafters.eagle3.objective import Aligned, Eagle3Objective
+from understudy.drafters.eagle3.objective import Aligned
 from understudy.drafters.eagle3.start import train_eagle3
 from understudy.drafters.eagle3.vocab import membership, most_frequent, offsets
 from understudy.drafting.objective import Batch, Features
 from understudy.features.live import LiveFeatures
 from understudy.target.target import Target
-
-PROMPT = tiny.prompt(12, 3)
-
-
-@contextmanager
-def planted(owner: Any, name: str, fault: Callable[..., Any]) -> Iterator[None]:
-    """`fault(original, *args)` instead of a function of ours. What is checked inside has to fail."""
-    original = getattr(owner, name)
-
-    def faulty(*args: Any, **kwargs: Any) -> Any:
-        return fault(original, *args, **kwargs)
-
-    static = isinstance(inspect.getattr_static(owner, name), staticmethod)
-    with patch.object(owner, name, staticmethod(faulty) if static else faulty), pytest.raises(AssertionError):
-        yield
-
-
-@functools.cache
-def learned(**options: Any) -> Eagle3Objective:
-    """A drafter that knows a text of the target half."""
-    objective = reference.objective(tiny.target("llama"), ttt_length=4, spread=0.05, **options)
-    return reference.taught(objective, text_of("llama", PROMPT))
-
-
-def served(objective: Eagle3Objective, folder: Path) -> Eagle3Drafter:
-    """What is read back of a checkpoint."""
-    model = read_drafter(folder, objective.drafter.target)
-    return Eagle3Drafter(objective.drafter.target, model, Eagle3Config(steps=objective.drafter.steps))
-
-
-def change(folder: Path, **keys: Any) -> None:
-    write_json(folder / "config.json", {**json.loads((folder / "config.json").read_text()), **keys})
-
 
 # -- 1. taps
 
@@ -102,7 +61,10 @@ def test_taps_of_a_checkpoint_off_by_one(tmp_path):
     objective = learned()
     objective.save(tmp_path)
     agree(objective, PROMPT, served(objective, tmp_path))
-    both = {"eagle_aux_hidden_state_layer_ids": [1, 2, 3], "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}}
+    both = {
+        "eagle_aux_hidden_state_layer_ids": [1, 2, 3],
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 2]},
+    }
     change(tmp_path, **both)  # trained on 0, 1, 3
     with pytest.raises(AssertionError):
         agree(objective, PROMPT, served(objective, tmp_path))
@@ -132,7 +94,17 @@ def test_a_flag_is_lost_or_comes_from_nowhere(flag, on, tmp_path):
 #            0    1    2    3    4    5    6    7    8     an answer at 3 .. 6: s = 3, e = 6
 TOY = Document([1, 2, 3, 4, 0, 1, 2, 3, 4], [i in (3, 4, 5, 6) for i in range(9)])
 ASKED = [  # slot t at step k drafts x_{t+2+k}
-    [0, 0, 1, 1, 1, 0, 0, 0, 0],  # s-1 drafts x_4, the first draft there is; e-2 drafts x_6. e-1 and e would draft the next turn
+    [
+        0,
+        0,
+        1,
+        1,
+        1,
+        0,
+        0,
+        0,
+        0,
+    ],  # s-1 drafts x_4, the first draft there is; e-2 drafts x_6. e-1 and e would draft the next turn
     [0, 0, 1, 1, 0, 0, 0, 0, 0],
     [0, 0, 1, 0, 0, 0, 0, 0, 0],  # s-1 drafts x_6
     [0, 0, 0, 0, 0, 0, 0, 0, 0],  # x_7 is not the assistant's
@@ -160,7 +132,10 @@ def check_toy() -> None:
     assert said.asked.int().tolist() == [[row[t] for t in (2, 3, 4)] for row in ASKED]
     assert said.slots.tolist() == [3, 4, 5]  # the last committed token, s .. e-1
     best = tiny.logits(objective.drafter.target.model, TOY.tokens).argmax(-1).tolist()
-    meant = [[int(m) if a else None for m, a in zip(*rows, strict=True)] for rows in zip(said.target, said.asked, strict=True)]
+    meant = [
+        [int(m) if a else None for m, a in zip(*rows, strict=True)]
+        for rows in zip(said.target, said.asked, strict=True)
+    ]
     assert meant == [[best[t + 1 + k] if ASKED[k][t] else None for t in (2, 3, 4)] for k in range(4)]
 
 
@@ -291,46 +266,11 @@ def test_a_warm_start_keeps_its_shape(options, named, tmp_path):
     with pytest.raises(UserError, match=named):
         train_eagle3(Eagle3ObjectiveConfig(**options), target, tmp_path, lambda: torch.arange(tiny.V))
     same = Eagle3ObjectiveConfig(draft_vocab_size=40, taps=[3, 1, 0], norm_output=False)
-    as_default = Eagle3ObjectiveConfig(draft_vocab_size=None, taps=[])  # a file with all options says these where none was chosen
+    as_default = Eagle3ObjectiveConfig(
+        draft_vocab_size=None, taps=[]
+    )  # a file with all options says these where none was chosen
     for config in (same, as_default):
         train_eagle3(config, target, tmp_path, lambda: torch.arange(tiny.V))
-
-
-# -- 9. figures that are no acceptance
-
-
-def check_figures() -> None:
-    """The simulated accept length is the mean of real cycles: decoding begins at every slot of a text once."""
-    objective = learned()
-    text = text_of("llama", PROMPT)[0][0]
-    with torch.no_grad():
-        figures = objective.eval()(reference.features(objective, reference.pack([[text]]))).metrics
-    real = []
-    for n in range(len(PROMPT), len(text.tokens) - 1):
-        _, cycles = met(objective.drafter, text.tokens[:n], new=6)
-        real.append(min(cycles[0][2], len(text.tokens) - n - 1))
-    assert [float(x) for x in figures["tau_sim"]] == [sum(real) + len(real), len(real)]
-    for k in range(4):
-        tried = sum(a >= k for n, a in enumerate(real) if n + k < len(real))
-        right = sum(a >= k + 1 for a in real)
-        assert [float(x) for x in figures[f"joint_acc_{k}"]] == [right, len(real)]
-        assert [float(x) for x in figures[f"cond_acc_{k}"]] == [right, tried]
-
-
-def test_products_of_accuracies_are_no_accept_length():
-    check_figures()
-
-    def product(original: Any, found: Any, right: Tensor, wanted: Tensor) -> dict[str, Any]:
-        figures: dict[str, Any] = original(found, right, wanted)
-        expected, chain = torch.ones(()), torch.ones(())
-        for k in range(len(wanted)):
-            total, count = figures[f"acc_{k}"]
-            chain = chain * total / count
-            expected = expected + chain
-        return {**figures, "tau_sim": (expected * wanted[0].sum(), wanted[0].sum())}
-
-    with planted(Eagle3Objective, "_metrics", product):
-        check_figures()
 
 
 # -- 10. what is saved
@@ -348,23 +288,3 @@ def test_what_is_read_back_is_what_was_saved(options, tmp_path):
         for a, b in zip(mine.unroll(taps, batch, 3), read.unroll(taps, batch, 3), strict=True):
             assert torch.equal(mine.logits(a), read.logits(b))
     assert (mine.ids is None and read.ids is None) or torch.equal(mine.ids, read.ids)  # type: ignore[arg-type]
-
-
-# -- memory
-
-
-@pytest.mark.parametrize("reduced", [False, True])
-def test_logits_exist_for_a_chunk_of_rows(reduced):
-    """Of head, teacher and loss, forward and backward: no tensor is larger than a chunk of logits over the vocabulary."""
-    target = Target(tiny.fresh_model("llama", vocab_size=4096), name="wide")
-    rows = [[Document(tiny.prompt(50, 1), [True] * 50)]]  # 48 rows of the target teach up to 3 steps each
-    largest = {}
-    for chunk in (48, 4096):
-        objective = reference.objective(target, loss_chunk=chunk, draft_vocab_size=3000 if reduced else None)
-        features = reference.features(objective, reference.pack(rows))
-        with Largest() as seen:
-            objective(features).loss.backward()
-            objective.predictions(features), objective.lengths(features)
-        largest[chunk] = seen.elements
-    assert 32 * 4096 < largest[48] <= 48 * 4096  # more than the gradient of the head
-    assert largest[4096] == 48 * 3 * (3000 if reduced else 4096)

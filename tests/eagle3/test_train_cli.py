@@ -1,4 +1,4 @@
-"""`understudy train eagle3` from options to checkpoints, on a tiny target with the built-in model's tokenizer; every option changes something."""
+"""`understudy train eagle3` from options to checkpoints, on a tiny target: every option changes something."""
 
 from __future__ import annotations
 
@@ -40,7 +40,12 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dozen conversations."""
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
     lines = [
-        {"conversations": [{"from": "human", "value": f"Write f{i}."}, {"from": "gpt", "value": f"def f{i}(x):\n    return x + {i}"}]}
+        {
+            "conversations": [
+                {"from": "human", "value": f"Write f{i}."},
+                {"from": "gpt", "value": f"def f{i}(x):\n    return x + {i}"},
+            ]
+        }
         for i in range(12)
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -107,12 +112,15 @@ def test_a_run_ends_with_a_drafter_that_decodes(runs, rows):
     assert drafter.model.taps == (2, 4, 5)  # 2, L/2, L-3 of 8 layers
     card = json.loads((folder / "best" / "understudy.json").read_text())
     assert card["drafter"] == "eagle3" and card["taps"] == [2, 4, 5] and card["servable"]["vllm"] == "ok"
-    assert "measured/joint_3" in columns(folder) and "measured/joint_4" not in columns(folder)  # --draft-steps
+    assert "measured/marginal_3" in columns(folder) and "measured/marginal_4" not in columns(folder)  # --draft-steps
 
 
 def test_taps(runs):
     folder = runs("--taps", "6", "--taps", "1")
-    assert config(folder)["eagle_aux_hidden_state_layer_ids"] == [1, 6] and weights(folder)["fc.weight"].shape == (32, 64)
+    assert config(folder)["eagle_aux_hidden_state_layer_ids"] == [1, 6] and weights(folder)["fc.weight"].shape == (
+        32,
+        64,
+    )
 
 
 def test_the_draft_vocabulary_is_that_of_the_answers(runs, rows):
@@ -128,7 +136,9 @@ def test_the_draft_vocabulary_is_that_of_the_answers(runs, rows):
     d2t = weights(folder)["d2t"]
     ids = (d2t + torch.arange(20)).tolist()
     least = sorted(counts.values())[-20]
-    assert {token for token, n in counts.items() if n > least} <= set(ids) and all(counts[token] >= least for token in ids)
+    assert {token for token, n in counts.items() if n > least} <= set(ids) and all(
+        counts[token] >= least for token in ids
+    )
     assert weights(folder)["t2d"].nonzero()[:, 0].tolist() == ids
     assert torch.equal(weights(folder)["lm_head.weight"], head()[ids])
 
@@ -136,14 +146,21 @@ def test_the_draft_vocabulary_is_that_of_the_answers(runs, rows):
 def test_where_the_head_starts_and_whether_it_learns(runs):
     still = ("--lr", "1e-12")
     assert torch.allclose(weights(runs(*still))["lm_head.weight"], head(), atol=1e-6)
-    assert float(weights(runs(*still, "--head-init", "random"))["lm_head.weight"].std()) == pytest.approx(0.02, rel=0.05)
+    assert float(weights(runs(*still, "--head-init", "random"))["lm_head.weight"].std()) == pytest.approx(
+        0.02, rel=0.05
+    )
     assert not torch.allclose(weights(runs())["lm_head.weight"], head(), atol=1e-3)
     assert torch.equal(weights(runs("--no-train-head"))["lm_head.weight"], head())
 
 
 @pytest.mark.parametrize(
     ("flag", "tensor"),
-    [("fc_norm", "fc_norm.2.weight"), ("norm_before_fc", "input_norm.weight"), ("norm_output", None), ("norm_before_residual", None)],
+    [
+        ("fc_norm", "fc_norm.2.weight"),
+        ("norm_before_fc", "input_norm.weight"),
+        ("norm_output", None),
+        ("norm_before_residual", None),
+    ],
 )
 def test_flags(flag, tensor, runs):
     plain, folder = runs("--max-steps", "1"), runs("--max-steps", "1", f"--{flag.replace('_', '-')}")
@@ -160,7 +177,9 @@ def test_how_far_it_unrolls_and_what_later_steps_weigh(runs):
     assert "train/acc_1" in columns(two) and "train/acc_2" not in columns(two) and "train/acc_2" in columns(three)
     flat, half = runs(*one, "--ttt-decay", "1"), runs(*one, "--step-decay", "0.5")
     losses = [logged(folder, "train/loss")[0] for folder in (half, two, flat)]  # of decay 0.5, 0.8 and 1: a + decay * b
-    assert losses[0] < losses[1] and (losses[1] - losses[0]) / 0.3 == pytest.approx((losses[2] - losses[1]) / 0.2, rel=1e-3)
+    assert losses[0] < losses[1] and (losses[1] - losses[0]) / 0.3 == pytest.approx(
+        (losses[2] - losses[1]) / 0.2, rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("kind", ["kl", "tv", "lk"])
@@ -209,7 +228,10 @@ def test_a_start_is_taken_over_with_its_map(runs, rows, capsys, tmp_path):
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, atol=1e-6, rtol=0)
     for args, message in (
-        (("--draft-vocab-size", "30"), "has draft_vocab_size 20, and a checkpoint keeps it: leave --draft-vocab-size out"),
+        (
+            ("--draft-vocab-size", "30"),
+            "has draft_vocab_size 20, and a checkpoint keeps it: leave --draft-vocab-size out",
+        ),
         (("--taps", "1"), r"has taps \[2, 4, 5\]"),
         (("--norm-output", "false"), "has norm_output True"),
         (("--head-init", "random"), "leave --head-init out"),
@@ -226,7 +248,9 @@ def test_captured_features_train_as_live_ones_do(runs, rows, tmp_path, monkeypat
     taps = [word for tap in (2, 4, 5) for word in ("--taps", str(tap))]
     stored, args = tmp_path / "stored", ("--train-data-path", str(rows), *DATA)
     assert cli.main(["data", "capture", "--output", str(stored), *taps, *args]) == 0
-    live, kept = (runs(*how, "--max-steps", "6", "--draft-vocab-size", "30") for how in ((), ("--features", str(stored))))
+    live, kept = (
+        runs(*how, "--max-steps", "6", "--draft-vocab-size", "30") for how in ((), ("--features", str(stored)))
+    )
     assert torch.equal(weights(live)["d2t"], weights(kept)["d2t"])
     # an epoch of the same batches in another order: with a rate of nearly 0 the same losses
     still = ("--lr", "1e-12", "--num-epochs", "1", "--max-steps", "50")
@@ -234,7 +258,10 @@ def test_captured_features_train_as_live_ones_do(runs, rows, tmp_path, monkeypat
     assert live == pytest.approx(kept, rel=1e-4) and len(live) > 1
 
 
-@pytest.mark.parametrize("options", [(), ("--draft-vocab-size", "20", "--norm-output", "--no-train-head", "--betas", "0.5", "--betas", "0.9")])
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--draft-vocab-size", "20", "--norm-output", "--no-train-head", "--betas", "0.5", "--betas", "0.9")],
+)
 def test_a_resumed_run_is_an_uninterrupted_one_bit_for_bit(options, runs, rows, capsys):
     whole, cut = runs("--max-steps", "4", *options), runs("--max-steps", "2", *options)
     code, err = train(capsys, rows, "--output-dir", str(cut), "--resume", "--max-steps", "4", *options)
@@ -264,3 +291,14 @@ def test_bad_input_is_one_line(args, message, capsys, rows, tmp_path):
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(lines) == 1 and re.search(message, lines[0]), err
     assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_a_text_of_the_pocket_model_is_learned_by_heart(capsys, tmp_path):
+    """One greedy answer of the target itself: every draft position becomes right, and decoding then accepts all that it drafts."""
+    args = ("--overfit", "1", "--max-steps", "60", "--lr", "1e-3", "--eval-interval", "60", "--eval-max-new-tokens", "48",
+            "--dtype", "float32", "--device", "cpu", "--output-dir", str(tmp_path / "run"))  # fmt: skip
+    assert cli.main(["train", "eagle3", *args]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["overfit"]
+    assert len(found["accuracy"]) == 7 and min(found["accuracy"]) > 0.95
+    assert found["tau_at_most"] > 6 and found["tau"] > 0.95 * found["tau_at_most"]  # of 6 drafts and the target's token

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 import tiny
 from eagle3 import reference
-from eagle3.serving import NEW, agree, met, text_of
+from eagle3.serving import NEW, PROMPT, agree, learned, met, planted, text_of
+from understudy.drafters.eagle3.objective import Eagle3Objective
 from understudy.training.replay import Decoding
 
 CASES: dict[str, dict[str, Any]] = {
@@ -21,16 +24,16 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("knows", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_drafts_are_the_unrolled_steps(case, learned):
+def test_drafts_are_the_unrolled_steps(case, knows):
     """Drafters that know the text half, so that cycles accept nothing, a few drafts and all of them."""
     prompt = tiny.prompt(12, 3)
-    objective = reference.objective(tiny.target("llama"), ttt_length=4, spread=0.05 if learned else 0.25, **CASES[case])
-    if learned:
+    objective = reference.objective(tiny.target("llama"), ttt_length=4, spread=0.05 if knows else 0.25, **CASES[case])
+    if knows:
         reference.taught(objective, text_of("llama", prompt))
     accepted = agree(objective, prompt)
-    assert not learned or (len(set(accepted)) > 2 and max(accepted) == 4), accepted
+    assert not knows or (len(set(accepted)) > 2 and max(accepted) == 4), accepted
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3", "granite", "cohere2"])
@@ -52,7 +55,7 @@ def test_tau_is_what_the_walk_says():
         objective.drafter.steps = steps
         cycles = []
         for prompt in prompts:
-            text, found = met(objective.drafter, prompt)
+            _, found = met(objective.drafter, prompt)
             assert found[0][0] == len(prompt) + 1 and sum(a + 1 for *_, a in found) == NEW - 1
             cycles += found
         figures = Decoding(objective, objective.drafter.target, prompts, NEW)()
@@ -60,3 +63,37 @@ def test_tau_is_what_the_walk_says():
         assert figures["tau_replayed"] == pytest.approx(figures["tau"])
         taus.append(figures["tau"])
     assert 1 < taus[0] < taus[1] <= taus[2]
+
+
+def check_figures() -> None:
+    """The simulated accept length is the mean of real cycles: decoding begins at every slot of a text once."""
+    objective = learned()
+    text = text_of("llama", PROMPT)[0][0]
+    with torch.no_grad():
+        figures = objective.eval()(reference.features(objective, reference.pack([[text]]))).metrics
+    real = []
+    for n in range(len(PROMPT), len(text.tokens) - 1):
+        _, cycles = met(objective.drafter, text.tokens[:n], new=6)
+        real.append(min(cycles[0][2], len(text.tokens) - n - 1))
+    assert [float(x) for x in figures["tau_sim"]] == [sum(real) + len(real), len(real)]
+    for k in range(4):
+        tried = sum(a >= k for n, a in enumerate(real) if n + k < len(real))
+        right = sum(a >= k + 1 for a in real)
+        assert [float(x) for x in figures[f"joint_acc_{k}"]] == [right, len(real)]
+        assert [float(x) for x in figures[f"cond_acc_{k}"]] == [right, tried]
+
+
+def test_products_of_accuracies_are_no_accept_length():
+    check_figures()
+
+    def product(original: Any, found: Any, right: Tensor, wanted: Tensor) -> dict[str, Any]:
+        figures: dict[str, Any] = original(found, right, wanted)
+        expected, chain = torch.ones(()), torch.ones(())
+        for k in range(len(wanted)):
+            total, count = figures[f"acc_{k}"]
+            chain = chain * total / count
+            expected = expected + chain
+        return {**figures, "tau_sim": (expected * wanted[0].sum(), wanted[0].sum())}
+
+    with planted(Eagle3Objective, "_metrics", product):
+        check_figures()

@@ -53,7 +53,9 @@ def test_scores_are_log_probabilities_of_paths() -> None:
     drafter, text = drafts.drafter(tree=True, top_k=3, nodes=12, spread=0.1, draft_vocab_size=6), drafts.text(6)
     want = drafts.Slow(drafter, text).tree(3, 4, 12)
     kept: list[Candidates] = []
-    with patch.object(Candidates, "proposal", lambda self, whole=Candidates.proposal: (kept.append(self), whole(self))[1]):
+    with patch.object(
+        Candidates, "proposal", lambda self, whole=Candidates.proposal: (kept.append(self), whole(self))[1]
+    ):
         proposal = drafts.proposed(drafts.at(drafter, text), Budget(4, 60))
     scores = torch.cat(kept[0].scores).tolist()
     assert len(scores) > 12 and len({len(path) for path in want}) > 2
@@ -93,7 +95,9 @@ def test_no_pass_is_run_for_the_last_depth_nor_for_nothing() -> None:
     assert _rows(drafter, text, Budget(3, 1)) == ([_rows(drafter, text, Budget(3, 60))[0][0]], 0)
     flat = drafts.drafter(tree=True, top_k=8, nodes=8, spread=0.0, head_init="random")
     found, rows = _rows(flat, text, Budget(5, 60))  # so wide a law that no child is as likely as the first eight
-    assert [len(path) for path in found] == [1] * 8 and rows == 7  # whether one is shows in one pass; of the eighth none can be
+    assert [len(path) for path in found] == [
+        1
+    ] * 8 and rows == 7  # whether one is shows in one pass; of the eighth none can be
 
 
 # Equal scores
@@ -109,7 +113,9 @@ def _with_head(scale: float, **options: int) -> drafts.Eagle3Drafter:
 @pytest.mark.parametrize("depth", [1, 3, 5])
 def test_equal_scores(top_k: int, nodes: int, depth: int) -> None:
     """All tokens are equally likely: the first ones made are chosen, which are those of the lowest depths."""
-    found = drafts.paths(drafts.proposed(drafts.at(_with_head(0.0, top_k=top_k, nodes=nodes), drafts.text(6)), Budget(depth, 60)))
+    found = drafts.paths(
+        drafts.proposed(drafts.at(_with_head(0.0, top_k=top_k, nodes=nodes), drafts.text(6)), Budget(depth, 60))
+    )
     assert len(set(found)) == len(found) == min(nodes, top_k + (depth - 1) * top_k**2)
     assert all(path[:-1] == () or path[:-1] in found[:i] for i, path in enumerate(found))
     widths = [sum(len(path) == d for path in found) for d in range(1, depth + 1)]

@@ -77,7 +77,9 @@ def test_a_new_drafter_says_the_tokens_of_the_data_with_the_rows_of_the_target()
     check_inverse(model.ids, model.t2d, "model")
     # a state in the space of the target's last layers gets the target's own logits
     states = torch.randn(3, target.hidden_size)
-    torch.testing.assert_close(model.logits(states), target.head(target.norm(states))[:, model.ids], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        model.logits(states), target.head(target.norm(states))[:, model.ids], rtol=1e-4, atol=1e-4
+    )
 
 
 def test_all_tokens_need_no_map():

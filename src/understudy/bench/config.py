@@ -23,7 +23,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "steps": 6,
         "temperature": 0.0,
         "repeats": 3,
-        "drafter": ["prompt-lookup", "early-exit"],
+        "drafter": ["prompt-lookup", "early-exit", "eagle3", "eagle3,tree=true"],
         "baselines": list(BASELINES),
     },
 }

@@ -9,6 +9,7 @@ from typing import Literal
 from understudy.core.errors import UserError
 
 _STEP = re.compile(r"step_(\d+)")
+_LONGEST = 256  # bytes of a link that is a text file; any other file is longer or more than a line
 
 
 def find_checkpoint(path: str | Path, prefer: Literal["best", "latest"] = "best") -> Path:
@@ -22,6 +23,8 @@ def find_checkpoint(path: str | Path, prefer: Literal["best", "latest"] = "best"
             return candidate
     if not path.exists():
         raise UserError(f"no checkpoint: {path} does not exist")
+    if path.is_file():
+        raise UserError(f"no checkpoint: {path} is a file; give the folder that it is in")
     raise UserError(f"no checkpoint in {path}: neither config.json nor best, latest or checkpoints/step_N is there")
 
 
@@ -37,7 +40,9 @@ def _candidates(path: Path, prefer: str) -> list[Path]:
 
 def follow(link: Path) -> Path:
     if link.is_file():
-        return link.parent / link.read_text(encoding="utf-8").strip()
+        with link.open("rb") as file:
+            text = file.read(_LONGEST).decode(errors="replace").strip()
+        return link.parent / text if len(text) < _LONGEST and text.isprintable() else link
     return link.resolve() if link.is_symlink() else link
 
 

@@ -80,6 +80,7 @@ class Objective(nn.Module):
 
     needs: Needs  # taps and last hidden states that `forward` reads; logits are made by the objective itself
     drafter: Drafter  # the very weights under training, ready to decode: the loop measures acceptance with it
+    says: Tensor | None = None  # [V_d] int64: the tokens that it can say, where those are not all of the target's
 
     def forward(self, features: Features) -> StepOutput:
         raise NotImplementedError

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from understudy.core.checkpoints import find_checkpoint, steps_of
 from understudy.core.errors import UserError
@@ -144,10 +145,12 @@ def _introduce(
     config = data.config
     report, batches = data.facts(console)
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    covered = None if objective.says is None else _coverage(data.token_counts(), objective.says)
     seconds = _seconds(objective, data, ranks)
     steps = total_steps(config, data.batches.steps_per_epoch or batches)
     sizes = {
         "trained_weights": trained,
+        **({} if covered is None else {"draft_vocab_coverage": round(covered, 4)}),
         "optimizer_mb": round(trained * 16 / 2**20, 1),  # fp32 weights, gradients and two moments
         "disk_mb": round(trained * 16 * (config.keep + 1) / 2**20, 1),
         "memory_gb": round(peak_memory(ranks.device), 2),
@@ -162,6 +165,8 @@ def _introduce(
             f"{steps:,} steps, about {batches:,} batches per epoch, about {clock(3600 * sizes['hours'])} without evaluations",
             *(f"servable by {engine}: {verdict}" for engine, verdict in objective.servable().items()),
         ]
+        if covered is not None and objective.says is not None:
+            lines.append(f"the drafter can say {len(objective.says):,} tokens: {covered:.2%} of what is supervised")
         if not measured:
             lines.append(
                 "acceptance is not measured, so there will be no `best`: give --eval-prompts or --eval-data-path"
@@ -169,6 +174,11 @@ def _introduce(
         for line in lines:
             console.print(line, soft_wrap=True)
     return {"report": report, **sizes}
+
+
+def _coverage(counts: Tensor, ids: Tensor) -> float:
+    """Share of the supervised tokens that are among `ids`."""
+    return float(counts[ids.cpu()].sum() / counts.sum().clamp_min(1))
 
 
 def _seconds(objective: Objective, data: TrainingData, ranks: Ranks) -> float:

@@ -13,6 +13,9 @@ from understudy.drafting.spec import DrafterConfig
 class Eagle3Config(DrafterConfig):
     """Options of `eagle3`."""
 
+    threshold: float = option(
+        0.0, "of a chain: drafting stops after a draft whose probability is below this; 0 = never", ge=0, le=1
+    )
     tree: bool = option(False, "draft a tree of the likeliest continuations instead of a chain")
     top_k: int = option(8, "of a tree: branches per node, and nodes expanded per depth", ge=1)
     nodes: int = option(24, "of a tree: drafts that are verified in one pass", "num-nodes", ge=1)

@@ -15,6 +15,7 @@ from torch import Tensor
 from understudy.core.records import Budget, Commit, Needs, Proposal
 from understudy.drafters.eagle3.config import Eagle3Config
 from understudy.drafters.eagle3.model import Eagle3Model
+from understudy.drafting.own_cache import unsure
 from understudy.drafting.protocols import Drafter, DraftSampler, DraftSession, View
 from understudy.drafting.stateless import nothing
 from understudy.target.cache import KVCache
@@ -112,7 +113,7 @@ class Eagle3Session:
 
 
 class ChainSession(Eagle3Session):
-    """Drafts one token after the other."""
+    """Drafts one token after the other, until one is less probable than the threshold: that one is still verified."""
 
     def propose(self, budget: Budget, sampler: DraftSampler) -> Proposal:
         depth = self._depth(budget)
@@ -121,7 +122,8 @@ class ChainSession(Eagle3Session):
         model, ids, drafts = self.model, self.ids, list[Tensor]()
         out, end = self._begin(), len(self.view.tokens) - 1
         while True:
-            drafts.append(sampler.draw(model.logits(out), ids))
-            if len(drafts) == depth:
+            logits = model.logits(out)
+            drafts.append(sampler.draw(logits, ids))
+            if len(drafts) == depth or unsure(logits, self.drafter.config.threshold):
                 return Proposal(torch.cat(drafts))
             out = model.last(drafts[-1], model.feedback(out), end + len(drafts) - 1, self.cache)

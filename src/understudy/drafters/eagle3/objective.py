@@ -79,6 +79,7 @@ class Eagle3Objective(Objective):
         self.drafter: Eagle3Drafter = drafter
         self.config = config
         self.needs = Needs(taps=frozenset(drafter.model.taps), last=True)
+        self.says = drafter.model.ids
         drafter.requires_grad_(True)
         drafter.model.lm_head.requires_grad_(config.train_head)
         if drafter.model.embed_tokens is not None:
