@@ -15,9 +15,9 @@ import pytest
 
 import understudy
 from understudy import cli
-from understudy.cli.options import CommaList, config_command
+from understudy.cli.options import config_command
 from understudy.cli.settings import kind_of
-from understudy.core.config import Config, option
+from understudy.core.config import CommaList, Config, option
 from understudy.core.errors import UserError
 
 

@@ -4,6 +4,7 @@
     sequence = drafts.at(drafter, text)
     drafts.proposed(sequence)                     # what the session drafts
     drafts.Slow(drafter, text).tree(3, 4, 9)      # what it should
+    drafts.made("tree")                           # one of `KINDS`
 
 Targets are float64 too: then no two ways to the same draft differ by so much that another token comes out.
 """
@@ -32,6 +33,12 @@ from understudy.target.target import Target
 V = 11  # so few tokens that a random drafter is right now and then
 WIDE = Budget(4, 60)
 Path = tuple[int, ...]
+KINDS: dict[str, dict[str, Any]] = {
+    "chain": {"norm_output": True},
+    "reduced": {"draft_vocab_size": 7, "fc_norm": True},
+    "tree": {"draft_vocab_size": 8, "tree": True, "norm_before_residual": True},
+    "wide tree": {"tree": True, "top_k": 5, "nodes": 20, "norm_before_fc": True},
+}
 
 
 @cache
@@ -48,7 +55,8 @@ def drafter(on: Target | None = None, seed: int = 0, spread: float = 0.25, lesso
             top_k: int = 3, nodes: int = 9, **options: Any) -> Eagle3Drafter:  # fmt: skip
     """Random wide weights, and after `lessons` steps of training some that know the target a little.
 
-    `options` are the objective's (draft_vocab_size, flags)."""
+    `options` are the objective's (draft_vocab_size, flags).
+    """
     on = target() if on is None else on
     objective = reference.objective(on, seed, spread, **options)
     if lessons:
@@ -57,6 +65,12 @@ def drafter(on: Target | None = None, seed: int = 0, spread: float = 0.25, lesso
         reference.taught(objective, rows, lessons)
     model = objective.drafter.model.requires_grad_(False).eval()
     return Eagle3Drafter(on, model, Eagle3Config(steps=steps, tree=tree, top_k=top_k, nodes=nodes))
+
+
+@cache
+def made(kind: str, family: str = "llama", context: int = 512) -> Eagle3Drafter:
+    """One of `KINDS` that has learned a little, so that paths of any length are accepted."""
+    return drafter(target(family, context), seed=1, lessons=12, spread=0.05, **KINDS[kind])
 
 
 def opened(

@@ -1,9 +1,8 @@
-"""Drafting with EAGLE-3 through the engine: chains and trees, whatever happens to a sequence, at the limits of budget and context."""
+"""Drafting with EAGLE-3 through the engine: chains and trees, whatever happens to a sequence."""
 
 from __future__ import annotations
 
 import os
-from functools import cache
 from typing import Any
 
 import pytest
@@ -13,11 +12,10 @@ from hypothesis import strategies as st
 
 import tiny
 from contract import histories
-from contract.laws import PLAIN, check_law
 from contract.runs import MAKERS
 from contract.scripted import Wrapped
 from eagle3 import drafts, reference
-from eagle3.drafts import V
+from eagle3.drafts import KINDS, made
 from understudy.core.errors import UserError
 from understudy.core.records import Budget, Proposal
 from understudy.decoding.engine import decode
@@ -27,25 +25,11 @@ from understudy.decoding.stops import StopRule
 from understudy.drafters.eagle3.config import Eagle3Config
 from understudy.drafters.eagle3.drafter import Eagle3Drafter
 from understudy.drafting.protocols import Drafter
-from understudy.drafting.spec import specs
-from understudy.target.params import SamplingParams
 from understudy.target.target import Target
 
 CLEAR = 1e-4  # below this, float32 may choose otherwise
-KINDS: dict[str, dict[str, Any]] = {
-    "chain": {"norm_output": True},
-    "reduced": {"draft_vocab_size": 7, "fc_norm": True},
-    "tree": {"draft_vocab_size": 8, "tree": True, "norm_before_residual": True},
-    "wide tree": {"tree": True, "top_k": 5, "nodes": 20, "norm_before_fc": True},
-}
 OTHERS = ("gemma3", "cohere2", "granite", "qwen3-vl")
 CASES = [("llama", kind) for kind in KINDS] + [(family, kind) for family in OTHERS for kind in ("reduced", "tree")]
-
-
-@cache
-def made(kind: str, family: str = "llama", context: int = 512) -> Eagle3Drafter:
-    """Drafters that have learned a little, so that paths of any length are accepted."""
-    return drafts.drafter(drafts.target(family, context), seed=1, lessons=12, spread=0.05, **KINDS[kind])
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
@@ -208,108 +192,17 @@ def test_exceptions_in_observe(name: str) -> None:
     histories.check_exceptions("gemma3", MAKERS[name], ("observe",))
 
 
-# Limits
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_budgets(kind: str) -> None:
-    drafter = made(kind)
-    sequence = drafts.at(drafter, drafts.text(6))
-    whole = drafts.paths(drafts.proposed(sequence))
-    for depth in (0, 1, 2, 4):
-        found = drafts.paths(drafts.proposed(sequence, Budget(depth, 60)))
-        assert max(map(len, found), default=0) == min(depth, 4)
-        if not drafter.config.tree:
-            assert found == whole[:depth]
-    if drafter.config.tree:
-        one = drafts.paths(drafts.proposed(sequence, Budget(4, 1)))
-        assert len(one) == 1 and one[0] in whole
-        assert [len(drafts.proposed(sequence, Budget(4, nodes)).tokens) for nodes in (0, 2, 5)] == [0, 2, 5]
-        assert len(drafts.proposed(sequence, Budget(1, 60)).tokens) == min(drafter.config.top_k, 8)
-
-
-def test_options_of_the_tree() -> None:
-    """top_k bounds the children of a node and the nodes expanded per depth, nodes the tree."""
-    for top_k, nodes in ((1, 9), (2, 9), (4, 9), (4, 3), (20, 15)):
-        drafter = drafts.drafter(seed=1, spread=0.05, tree=True, top_k=top_k, nodes=nodes)
-        assert drafter.nodes == nodes
-        found = drafts.paths(drafts.proposed(drafts.at(drafter, drafts.text(6))))
-        children = [sum(path[:-1] == parent for path in found) for parent in [(), *found]]
-        assert max(children) == min(top_k, nodes, V) or top_k == 20
-        expanded = {path[:-1] for path in found if len(path) > 1}
-        assert all(sum(len(path) == d for path in expanded) <= top_k for d in range(1, 5))
-        assert len(found) == (4 if top_k == 1 else nodes)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_end_of_the_context(kind: str) -> None:
-    """The text fills the context to its last position; a session asked for more drafts than fit drafts those that fit."""
-    drafter, prompt = made(kind, context=24), drafts.text(13)
-    sequence = drafts.opened(drafter, prompt, max_new_tokens=99)
-    for cycle in decode(sequence):
-        left = 24 - len(sequence.tokens)
-        if left < 4 and cycle.index:
-            found = drafts.paths(drafts.proposed(sequence, Budget(9, 60)))
-            assert max(map(len, found), default=0) == left
-    assert sequence.output == tiny.continuation(drafter.target.model, prompt, 11) and sequence.finished == "length"
-
-
-def test_a_text_of_one_token() -> None:
-    want = tiny.continuation(drafts.target().model, [4], 12)
-    for kind in KINDS:
-        sequence = drafts.opened(made(kind), [4], max_new_tokens=12)
-        assert [token for cycle in decode(sequence) for token in cycle.committed] == want, kind
-
-
-# Laws
-
-SAMPLED = SamplingParams(temperature=0.7, top_k=4, seed=3)
-
-
-def test_the_recorded_law_is_that_of_the_draft_vocabulary() -> None:
-    """q stands in the columns of the tokens that the drafter can say; after a drawn token it is that of the drawn text."""
-    drafter, text = drafts.drafter(seed=1, draft_vocab_size=5), drafts.text(6)
-    sequence = drafts.at(drafter, text, sampling=SAMPLED, draft_sampling="sample")
-    q = (proposal := drafts.proposed(sequence)) and sequence.recorder.settle(proposal)
-    slow = drafts.Slow(drafter, text)
-    assert q is not None and q.shape == (4, V) and set(proposal.tokens.tolist()) <= set(slow.ids)
-    for i, row in enumerate(q):
-        logits = slow.logits(tuple(proposal.tokens[:i].tolist())) / 0.7
-        logits[logits < logits.topk(4).values[-1]] = -torch.inf
-        want = torch.zeros(V).index_copy_(0, torch.tensor(slow.ids), logits.softmax(0).float())
-        torch.testing.assert_close(row, want, rtol=1e-4, atol=1e-5)
-
-
-def test_trees_are_matched_and_not_rejected() -> None:
-    """Their shape depends on their tokens, so nothing is drawn: the same tree at any temperature, and no q."""
-    drafter, text = made("tree"), drafts.text(6)
-    sequence = drafts.at(drafter, text, sampling=SAMPLED, draft_sampling="sample")
-    proposal = drafts.proposed(sequence)
-    assert sequence.recorder.settle(proposal) is None
-    assert drafts.paths(proposal) == drafts.paths(drafts.proposed(drafts.at(drafter, text)))
-
-
-@pytest.mark.parametrize(("instance", "rule"), [(1, "sample"), (2, "argmax")])
-def test_law_where_some_drafts_are_accepted(instance: int, rule: str) -> None:
-    drafted, accepted = check_law(lambda target: specs()["eagle3"].tiny(target)[instance], PLAIN, 300, rule)
-    assert accepted >= 60 and drafted - accepted >= 60
-
-
-def test_the_contract_runs_over_every_mode() -> None:
-    """The tiny instances that every check of the contract takes: all and part of the vocabulary, a chain and a tree, normed feedback."""
-    made = [MAKERS[name].make(tiny.target("gemma2"), []) for name in MAKERS if name.startswith("eagle3-")]
-    assert all(isinstance(each, Eagle3Drafter) and each.model.taps == (0, 1, 3) for each in made)
-    modes = {(each.model.ids is not None, each.config.tree, each.model.config.norm_output) for each in made}  # type: ignore[attr-defined]
-    assert modes == {(False, False, False), (True, False, True), (True, True, False)}
-
-
 # What a tree is worth, and where there is none
 
 
 def test_a_tree_accepts_no_less_than_a_chain() -> None:
-    """With a drafter that has half learned a text, and with one that knows it."""
-    target = tiny.target("llama")
-    prompt = tiny.prompt(8)
+    """With a drafter that has half learned a text, and with one that knows it.
+
+    The target is sure of what it says. Where it is not, the tree that is likeliest to hold a draw is broad, and greedy text leaves it.
+    """
+    model = tiny.fresh_model("llama")
+    model.get_output_embeddings().weight.mul_(6)  # type: ignore[operator]
+    target, prompt = Target(model), tiny.prompt(8)
     text = [*prompt, *tiny.reference("llama", prompt, 40)]
     document = reference.Document(text, [i >= 8 for i in range(len(text))])
     objective = reference.objective(target, spread=0.0, ttt_length=4)
@@ -327,7 +220,7 @@ def test_a_tree_accepts_no_less_than_a_chain() -> None:
             pair[tree] = 39 / len(cycles)
         taus.append(pair)
     half, whole = taus
-    assert 1.2 < half[False] < half[True] < 3 < whole[False] <= whole[True], taus
+    assert 1.2 < half[False] < half[True] and half[True] < whole[False] <= whole[True], taus
 
 
 def test_trees_are_refused_where_the_family_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,7 +232,7 @@ def test_trees_are_refused_where_the_family_has_none(monkeypatch: pytest.MonkeyP
     def sequence(drafter: Drafter) -> DecodeSequence:
         return DecodeSequence(target, drafter, stop=StopRule())
 
-    with pytest.raises(UserError, match="^LlamaForCausalLM is not supported: a tree of drafts") as error:
+    with pytest.raises(UserError, match=r"^LlamaForCausalLM is not supported: a tree of drafts") as error:
         sequence(drafts.drafter(target, tree=True))
     assert "\n" not in str(error.value)
     sequence(drafts.drafter(target))

@@ -59,6 +59,7 @@ from understudy.target.target import Target
 
 SERVE, ENVIRONMENT = (Path(__file__).with_name(name) for name in ("serve_vllm.py", "environment.sh"))
 METHOD = "eagle3"
+LAST_WORDS = 4000  # characters of vLLM's log that are shown when it fails
 Passes = tuple[list[list[int]], list[list[Round]]]
 
 
@@ -170,7 +171,7 @@ def made_environment() -> str:
 
 
 def serve(args: argparse.Namespace, scratch: Path, drafter: Path | None) -> dict[str, Any]:
-    """What `serve_vllm.py` writes, run by vLLM's own Python. UserError with the end of its log if it fails."""
+    """What `serve_vllm.py` writes, run by vLLM's own Python. UserError if it fails, after the end of its log."""
     output, log = scratch / "served.json", scratch / "served.log"
     output.unlink(missing_ok=True)
     model = pocket_path() if args.model == "pocket" else args.model
@@ -188,8 +189,10 @@ def serve(args: argparse.Namespace, scratch: Path, drafter: Path | None) -> dict
         except OSError as error:
             raise UserError(f"cannot run {args.python}: {error.strerror}") from None
     if code or not output.exists():
-        end = log.read_text(encoding="utf-8", errors="replace")[-4000:]
-        raise UserError(f"vLLM ended with code {code}; its last words:\n{end}")
+        words = log.read_text(encoding="utf-8", errors="replace").strip()
+        print(words[-LAST_WORDS:], file=sys.stderr)
+        what = "alone" if drafter is None else f"with {drafter}"
+        raise UserError(f"vLLM {what} ended with code {code}: {words.rpartition(chr(10))[2] or 'it said nothing'}")
     document: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
     return document
 

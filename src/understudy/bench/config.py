@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 
-from understudy.core.config import option
+from understudy.core.config import option, split_commas
 from understudy.telemetry.options import AlignTelemetryParams
 
 Baseline = Literal["none", "null", "hf", "hf-prompt-lookup", "hf-early-exit"]
@@ -30,11 +30,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def _listed(value: Any) -> Any:
-    """`"a,b"` or `["a,b", "c"]` -> the single names, each once; an unknown one is refused with the list of known ones."""
-    parts = [value] if isinstance(value, str) else value
-    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
-        return value  # for pydantic to refuse
-    names = [name.strip().replace("_", "-") for part in parts for name in part.split(",") if name.strip()]
+    """Baselines by name, each once; an unknown one is refused with the list of known ones."""
+    names = split_commas(value)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return value
+    names = [name.replace("_", "-") for name in names]
     if unknown := [name for name in names if name not in BASELINES]:
         raise ValueError(f"unknown baseline {unknown[0]!r}; known baselines: {', '.join(BASELINES)}")
     return list(dict.fromkeys(names))

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from understudy.cli import one_line, root
-from understudy.cli.options import CommaList, config_command
-from understudy.core.config import Config, option
+from understudy.cli.options import config_command
+from understudy.core.config import CommaList, Config, option
 from understudy.core.errors import UserError
 
 if TYPE_CHECKING:

@@ -19,10 +19,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
-import pydantic
 from click.core import ParameterSource
 from pydantic.fields import FieldInfo
 
@@ -34,17 +33,6 @@ from understudy.core.explain import Given, show
 C = TypeVar("C", bound=Config)
 
 METAVARS = {int: "INT", float: "FLOAT", Path: "PATH", dict: "KEY=VALUE"}
-
-
-def split_commas(value: Any) -> Any:
-    """`"a,b"` or `["a,b", "c"]` -> the single names, in order and without blanks."""
-    parts = [value] if isinstance(value, str) else value
-    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
-        return value  # for pydantic to refuse
-    return [name.strip() for part in parts for name in part.split(",") if name.strip()]
-
-
-CommaList = Annotated[list[str], pydantic.BeforeValidator(split_commas)]
 
 
 class Switch(click.ParamType):

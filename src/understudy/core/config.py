@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 from pydantic.fields import FieldInfo
@@ -28,3 +28,14 @@ def names_of(name: str, field: FieldInfo) -> list[str]:
     aliases = extra.get("aliases", []) if isinstance(extra, dict) else []
     assert isinstance(aliases, list)
     return [str(n).replace("_", "-") for n in (name, *aliases)]
+
+
+def split_commas(value: Any) -> Any:
+    """`"a,b"` or `["a,b", "c"]` -> the single names, each once, in order and without blanks."""
+    parts = [value] if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+        return value  # for pydantic to refuse
+    return list(dict.fromkeys(name.strip() for part in parts for name in part.split(",") if name.strip()))
+
+
+CommaList = Annotated[list[str], pydantic.BeforeValidator(split_commas)]

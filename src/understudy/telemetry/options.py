@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import pydantic
 
-from understudy.core.config import Config, option
+from understudy.core.config import Config, option, split_commas
 
 TrackerName = Literal["none", "wandb", "tensorboard", "trackio"]
 
@@ -32,18 +32,10 @@ class AlignTelemetryParams(Config):
     )
 
 
-def _names(value: Any) -> Any:
-    """`"a,b"` or `["a,b", "c"]` -> the single names, each once."""
-    parts = [value] if isinstance(value, str) else value
-    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
-        return value  # for pydantic to refuse
-    return list(dict.fromkeys(name.strip() for part in parts for name in part.split(",") if name.strip()))
-
-
 class TrackerOptions(Config):
     """Where a run's figures go besides its folder."""
 
-    report_to: Annotated[list[TrackerName], pydantic.BeforeValidator(_names)] = option(
+    report_to: Annotated[list[TrackerName], pydantic.BeforeValidator(split_commas)] = option(
         ["none"], "trackers, separated by commas: none, wandb, tensorboard (in the run folder), trackio"
     )
     wandb_project: str = option("understudy", "project of the run in wandb and trackio", min_length=1)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 import pydantic
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from understudy.core.config import option
+from understudy.core.config import CommaList, option
 from understudy.core.errors import UserError
 from understudy.core.records import Needs
 from understudy.data.options import DataOptions, corpus_paths
@@ -32,14 +32,6 @@ FIXED_BY_FEATURES = {"train_data_path", "max_length", "is_preformatted", "last_t
 VOCABULARIES = (1024, 2048, 8192, 32768)  # draft vocabularies whose coverage it tells
 
 
-def _names(value: Any) -> Any:
-    """`"a,b"` or `["a,b", "c"]` -> the single names."""
-    parts = [value] if isinstance(value, str) else value
-    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
-        return value  # for pydantic to refuse
-    return [name.strip() for part in parts for name in part.split(",") if name.strip()]
-
-
 class OfflineOptions(DataOptions, TrainOptions):
     """Options of every offline run."""
 
@@ -54,7 +46,7 @@ class OfflineOptions(DataOptions, TrainOptions):
         " built-in ones. 0 = off",
         ge=0,
     )
-    require: Annotated[list[str], pydantic.BeforeValidator(_names)] = option(
+    require: CommaList = option(
         [], "engines, separated by commas, that must be able to serve what is trained: else the run does not begin"
     )
     vocab_rows: int = option(
