@@ -190,6 +190,7 @@ class Slot:
     counted: bool  # in the loss
     said: int  # the drafter's likeliest token
     best: int  # the target's, of its whole vocabulary
+    true: int  # what the text has
     overlap: float
     confidence: tuple[float, float]  # the drafter's probability of `said` and of `best`
     out: Tensor
@@ -202,6 +203,7 @@ class Slot:
 @dataclass
 class Slow:
     slots: list[Slot]
+    beyond: list[Slot]  # those of drafts that decoding makes and training does not unroll
     cycles: int  # slots where decoding can begin a cycle
     loss: Tensor
     gradients: Weights
@@ -209,12 +211,14 @@ class Slow:
     by_place: dict[tuple[int, int, int], Slot] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.by_place = {(s.document, s.t, s.k): s for s in self.slots}
+        self.by_place = {(s.document, s.t, s.k): s for s in [*self.slots, *self.beyond]}
 
-    def run(self, document: int, t: int, most: int) -> int:
-        """Drafts of the chain at slot t that are right in a row."""
+    def run(self, document: int, t: int, most: int, text: bool = False) -> int:
+        """Drafts of the chain at slot t that are right in a row: the target's choice, or with `text` what stands there."""
         k = 0
-        while k < most and (slot := self.by_place.get((document, t, k))) is not None and slot.right:
+        while k < most and (slot := self.by_place.get((document, t, k))) is not None:
+            if slot.said != (slot.true if text else slot.best):
+                break
             k += 1
         return k
 
@@ -271,7 +275,7 @@ def slow(objective: Eagle3Objective, documents: Sequence[Document]) -> Slow:
             if not asked(d, t, 0):
                 continue
             cycles += 1
-            for k, out in enumerate(plain.chain(d.tokens, taps, t, config.ttt_length)):
+            for k, out in enumerate(plain.chain(d.tokens, taps, t, max(config.ttt_length, drafter.steps))):
                 if not asked(d, t, k):
                     break
                 logits, law = plain.logits(out), teacher[t + 1 + k]
@@ -279,9 +283,10 @@ def slow(objective: Eagle3Objective, documents: Sequence[Document]) -> Slow:
                 loss, overlap = law_loss(config, law, log_q, ids)
                 said, best = ids[int(logits.argmax())], int(law.argmax())
                 sure = float(log_q.detach()[ids.index(best)].exp()) if best in ids else 0.0
-                slots.append(Slot(n, t, k, loss, best in ids or config.out_of_vocab == "keep", said, best, float(overlap.detach()),
-                                  (float(log_q.detach().max().exp()), sure), out.detach()))  # fmt: skip
+                slots.append(Slot(n, t, k, loss, best in ids or config.out_of_vocab == "keep", said, best, d.tokens[t + 2 + k],
+                                  float(overlap.detach()), (float(log_q.detach().max().exp()), sure), out.detach()))  # fmt: skip
                 gaps += [float(x.detach().topk(2).values.diff().abs()) for x in (logits, law)]
+    slots, beyond = ([s for s in slots if (s.k < config.ttt_length) is within] for within in (True, False))
     loss = sum((config.ttt_decay**s.k * s.loss for s in slots if s.counted), torch.zeros((), dtype=torch.float64))
     trained = {name: w[name] for name, p in model.named_parameters() if p.requires_grad}
     if loss.requires_grad:
@@ -291,4 +296,4 @@ def slow(objective: Eagle3Objective, documents: Sequence[Document]) -> Slow:
     gradients = {
         name: torch.zeros_like(x) if g is None else g for (name, x), g in zip(trained.items(), found, strict=True)
     }
-    return Slow(slots, cycles, loss.detach(), gradients, min(gaps))
+    return Slow(slots, beyond, cycles, loss.detach(), gradients, min(gaps))

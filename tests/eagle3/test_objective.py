@@ -17,7 +17,7 @@ from eagle3 import reference
 from eagle3.reference import Document, document
 from understudy.drafters.eagle3 import attention
 from understudy.drafters.eagle3.objective import Eagle3Objective, aligned, asked
-from understudy.drafting.objective import Batch, Features
+from understudy.drafting.objective import Features
 
 HALF = 3  # of 5 tokens
 # several documents per row, of one token and more; a prompt, an answer that ends, a second turn; masks with holes, empty, whole
@@ -93,7 +93,7 @@ def agree_on_sight(
                     torch.testing.assert_close(found.hidden[i].double(), slot.out, rtol=1e-3, atol=1e-3)
     runs = torch.zeros_like(features.batch.ids)
     for at, (d, t) in begins.items():
-        runs.view(-1)[at] = want.run(d, t, objective.drafter.steps)
+        runs.view(-1)[at] = want.run(d, t, objective.drafter.steps, text=True)
     assert torch.equal(objective.lengths(features), runs)
 
 
@@ -195,20 +195,13 @@ def test_the_mask_is_exact(rows, steps):
     assert torch.equal(found, want) and found.shape == (steps, *batch.ids.shape)
 
 
-def outs_of(batch: Batch, steps: int) -> tuple[list[Tensor], Features]:
-    """Outputs and last states that say where they stand: out = (slot, step), last = the row."""
-    rows = torch.arange(batch.ids.numel()).view(batch.ids.shape).float()
-    outs = [torch.stack([rows, torch.full_like(rows, k)], -1) for k in range(steps)]
-    return outs, Features(batch, {}, rows[..., None])
-
-
 @given(rows_of_documents(), st.integers(1, 6))
 def test_slots_meet_the_teacher_of_the_token_before_their_draft(rows, steps):
+    """Outputs and last states that say where they stand: an output is (slot, step), a last state its row."""
     batch = reference.pack(rows)
-    wanted = asked(batch, steps)
-    outs, features = outs_of(batch, steps)
-    found = aligned(features, outs, wanted)
-    met = set()
+    wanted, where = asked(batch, steps), torch.arange(batch.ids.numel()).view(batch.ids.shape).float()
+    outs = [torch.stack([where, torch.full_like(where, k)], -1) for k in range(steps)]
+    found, met = aligned(Features(batch, {}, where[..., None]), outs, wanted), set()
     for row, k in found.asked.nonzero().tolist():
         slot, step = found.outs[row, k].tolist()
         assert step == k and found.last[row, 0] == found.at[row] == slot + 1 + k

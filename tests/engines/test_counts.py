@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from comparing import Limits, Place, faults
 from counting import Counts, Round, disagreements, equal_drafts, places, rounds_of, tally, within
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 K = 3
@@ -53,12 +53,14 @@ def test_tally_is_untrimmed() -> None:
     assert (counts + counts).accepted_at == [4, 2, 2]
 
 
+@settings(deadline=None)
 @given(accepted=st.lists(st.integers(0, K), min_size=1, max_size=40), length=st.integers(1, 30))
 def test_as_the_scheduler_does(accepted: list[int], length: int) -> None:
     accepted = accepted + [0] * length  # our engine always decodes at least as far
     assert tally(within([a_pass(a) for a in accepted], length), K) == scheduler(accepted, length)
 
 
+@settings(deadline=None)
 @given(accepted=st.lists(st.integers(0, K), min_size=1, max_size=20), length=st.integers(1, 30))
 def test_passes_are_found_again_in_text_and_drafts(accepted: list[int], length: int) -> None:
     text, rounds = [0], []
