@@ -15,7 +15,7 @@ from contract import histories
 from contract.runs import MAKERS
 from contract.scripted import Wrapped
 from eagle3 import drafts, reference
-from eagle3.drafts import KINDS, made
+from eagle3.drafts import KINDS, V, made
 from understudy.core.errors import UserError
 from understudy.core.records import Budget, Proposal
 from understudy.decoding.engine import decode
@@ -24,6 +24,7 @@ from understudy.decoding.sequence import DecodeSequence
 from understudy.decoding.stops import StopRule
 from understudy.drafters.eagle3.config import Eagle3Config
 from understudy.drafters.eagle3.drafter import Eagle3Drafter
+from understudy.drafters.eagle3.layout import FLAGS
 from understudy.drafting.protocols import Drafter
 from understudy.target.target import Target
 
@@ -56,6 +57,22 @@ def test_drafts_are_the_slow_ones(family: str, kind: str) -> None:
     cycles = list(decode(sequence))[1:]
     assert len(compared) >= len(cycles) // 2 and sum(compared) >= 10
     assert sequence.output == tiny.continuation(drafter.target.model, drafts.text(7), 14)
+
+
+@pytest.mark.parametrize("flag", [None, *FLAGS])
+@pytest.mark.parametrize("size", [4, V])
+def test_chains_of_wild_drafters_are_the_slow_ones(size: int, flag: str | None) -> None:
+    """Each draft is recomputed from the text and the drafts before it alone; random weights show every slip."""
+    compared = 0
+    for seed in range(12):
+        options = {"draft_vocab_size": size, **({flag: True} if flag else {})}
+        drafter, text = drafts.drafter(seed=seed, **options), drafts.text(3 + seed % 5, seed)
+        slow = drafts.Slow(drafter, text)
+        want = slow.chain(4)
+        if slow.gap > CLEAR:
+            assert drafts.proposed(drafts.at(drafter, text)).tokens.tolist() == want
+            compared += 1
+    assert compared >= 10
 
 
 def test_such_runs_accept_and_reject() -> None:

@@ -285,16 +285,18 @@ def test_bf16_products_leave_the_target_and_the_loss_alone():
     """As `--mixed-precision bf16` runs it: the drafter's products are rounded; the target's law and the loss are not."""
     objective = reference.objective(tiny.target("llama"), spread=0.05)
     features = reference.features(objective, reference.pack(ROWS))
-    whole, found = objective(features), objective.predictions(features)
-    losses, autocast = objective._losses, list[bool]()
+    losses, autocast, laws = objective._losses, list[bool](), list[Tensor]()
 
-    def watched(*args: Tensor) -> tuple[Tensor, Tensor]:
+    def watched(logits: Tensor, p: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
         autocast.append(torch.is_autocast_enabled("cpu"))
-        return losses(*args)
+        laws.append(p)
+        return losses(logits, p, share)
 
-    with torch.autocast("cpu", torch.bfloat16), patch.object(objective, "_losses", watched):
-        out, rounded = objective(features), objective.predictions(features)
-    assert autocast == [False] and out.loss.dtype == torch.float32
+    with patch.object(objective, "_losses", watched):
+        whole, found = objective(features), objective.predictions(features)
+        with torch.autocast("cpu", torch.bfloat16):
+            out, rounded = objective(features), objective.predictions(features)
+    assert autocast == [False, False] and torch.equal(*laws) and out.loss.dtype == torch.float32
     assert torch.equal(rounded.target, found.target) and not torch.equal(rounded.pred_conf, found.pred_conf)
     assert float(out.loss.detach()) == pytest.approx(float(whole.loss.detach()), rel=0.02)
     assert all(g.isfinite().all() for g in reference.gradients(objective, out.loss).values())

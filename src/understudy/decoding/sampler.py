@@ -54,7 +54,7 @@ class RecordingSampler:
         """The recorded q [K, V] of the proposal, or None when drafts are verified by matching.
 
         What was drawn stands: the drawn tokens are the drafts, whatever the drafter says they are, and it may not leave one out:
-        which rule verifies, and what, must not depend on a draw's value. Laws over a reduced vocabulary go to matching, always.
+        which rule verifies, and what, must not depend on a draw's value. Laws over another vocabulary than the target's go to matching.
         """
         if not self.draws:
             return None

@@ -18,7 +18,7 @@ from transformers import LlamaConfig
 
 from understudy.core.errors import UserError
 from understudy.core.files import replacing
-from understudy.target.fingerprint import check_made_for, text_hashes
+from understudy.target.fingerprint import check_made_for, template_hash
 from understudy.target.target import Target
 
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
@@ -118,7 +118,7 @@ def check_trained_for(folder: Path, target: Target, what: str, anyway: bool) -> 
     """
     check_made_for(made_for(folder), target, what, anyway)
     trained = ((read_card(folder) or {}).get("text") or {}).get("chat_template")
-    here = text_hashes(target.tokenizer)["chat_template"]
+    here = template_hash(target.tokenizer)
     if trained is not None and here is not None and trained != here:
         warning = "its chat template is not the one of this tokenizer: expect fewer accepted drafts on chats"
         print(f"warning: {what}: {warning}", file=sys.stderr, flush=True)

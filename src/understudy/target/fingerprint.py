@@ -40,16 +40,19 @@ def fingerprint(target: Target) -> str:
     return digest.hexdigest()[:16]
 
 
-def text_hashes(tokenizer: Any) -> dict[str, str | None]:
-    """16 hex digits of a tokenizer's vocabulary and of its chat template; None for what is not there."""
-    if tokenizer is None:
-        return {"tokenizer": None, "chat_template": None}
-    template = getattr(tokenizer, "chat_template", None)
-    texts = {"tokenizer": tokenizer.get_vocab(), "chat_template": template}
-    return {
-        name: hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()[:16] if text else None
-        for name, text in texts.items()
-    }
+def tokenizer_hash(tokenizer: Any) -> str | None:
+    """16 hex digits of a tokenizer's vocabulary; None without one."""
+    return None if tokenizer is None else _hash(tokenizer.get_vocab())
+
+
+def template_hash(tokenizer: Any) -> str | None:
+    """16 hex digits of a chat template; None without one."""
+    template = None if tokenizer is None else tokenizer.chat_template
+    return _hash(template) if template else None
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check_made_for(found: object, target: Target, what: str, anyway: bool) -> None:

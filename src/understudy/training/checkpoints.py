@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from understudy.core.checkpoints import find_checkpoint, follow, steps_of
+from understudy.core.checkpoints import follow, steps_of
 from understudy.core.errors import UserError
 from understudy.core.files import write_json, write_text
 
@@ -171,10 +171,3 @@ def load_masters(objective: nn.Module, masters: Mapping[str, Tensor], source: Pa
     with torch.no_grad():
         for name, x in wanted.items():
             x.copy_(masters[name])
-
-
-def load_weights(objective: nn.Module, path: str | Path) -> Path:
-    """Warm start: the weights of a checkpoint of the same drafter, nothing else of its run. Returns the checkpoint."""
-    checkpoint = find_checkpoint(path)
-    load_masters(objective, read_state(checkpoint).masters, checkpoint)
-    return checkpoint

@@ -18,7 +18,7 @@ from understudy.core.checkpoints import find_checkpoint, steps_of
 from understudy.core.errors import UserError
 from understudy.drafting.objective import Batch, Objective
 from understudy.drafting.spec import Spec
-from understudy.target.fingerprint import fingerprint, text_hashes
+from understudy.target.fingerprint import fingerprint, template_hash, tokenizer_hash
 from understudy.target.target import Target
 from understudy.telemetry.run import RunFolder
 from understudy.telemetry.trackers import Trackers, trackers
@@ -200,8 +200,11 @@ def _card(spec: Spec, target: Target, objective: Objective) -> dict[str, Any]:
         "drafter": spec.name,
         "target": {"name": target.name, "fingerprint": fingerprint(target), "layers": target.layers},
         "taps": sorted(objective.needs.taps),
-        # prompts are rendered with the template's own defaults, thinking mode included
-        "text": {**text_hashes(target.tokenizer), "thinking": "template default"},
+        "text": {
+            "tokenizer": tokenizer_hash(target.tokenizer),
+            "chat_template": template_hash(target.tokenizer),
+            "thinking": "template default",  # prompts are rendered without options
+        },
         "servable": objective.servable(),
     }
 

@@ -49,7 +49,9 @@ class TrainOptions(TrackerOptions):
     log_samples_interval: int = option(
         200, "steps between detailed logs of what the drafter predicts on a fixed batch; 0 = never", ge=0
     )
-    num_samples_to_log: int = option(5, "documents of the fixed batch that a detailed log shows", ge=1)
+    num_samples_to_log: int = option(
+        5, "samples of a detailed log: places of the fixed batch where decoding would begin a cycle", ge=1
+    )
 
     seed: int = option(0, "seed of all random streams", ge=0)
     fsdp: bool = option(False, "several processes: shard trained weights and optimizer over them")

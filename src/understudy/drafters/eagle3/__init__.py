@@ -14,21 +14,21 @@ from understudy.drafters.eagle3.start import train_eagle3
 from understudy.drafting.protocols import Drafter
 from understudy.drafting.spec import Spec
 from understudy.drafting.weights import check_trained_for, made_for
-from understudy.target.fingerprint import check_made_for
+from understudy.target.fingerprint import fingerprint
 from understudy.target.target import Target
 
 
 def build(config: Eagle3Config, target: Target, path: str | None) -> Eagle3Drafter:
     """The drafter in `path`; without one, that of the built-in model, for which it was trained."""
-    folder = find_checkpoint(path) if path is not None else drafter_path("eagle3")
-    if path is None:
-        try:
-            check_made_for(made_for(folder), target, "the built-in drafter", config.any_target)
-        except UserError:
+    if path is not None:
+        folder = find_checkpoint(path)
+        check_trained_for(folder, target, f"the drafter in {folder}", config.any_target)
+    else:
+        folder = drafter_path("eagle3")
+        if not config.any_target and made_for(folder) != fingerprint(target):
             raise UserError(
                 f"drafter eagle3 has no weights for {target.name}: give a checkpoint, eagle3:DIR; `understudy train eagle3` makes one"
-            ) from None
-    check_trained_for(folder, target, f"the drafter in {folder}", config.any_target)
+            )
     model = read_drafter(folder, target)
     return Eagle3Drafter(target, model.to(target.dtype).requires_grad_(False).eval(), config)
 

@@ -71,7 +71,7 @@ class Eagle3Session:
             self.valid, self.ran = self.valid + self.ran, 0
             self.waiting.clear()
         self.waiting.append(taps[: len(path)])
-        if len(path) > self.drafter.steps + 1:
+        if sum(map(len, self.waiting)) > self.drafter.steps + 1:
             self._settle()
 
     def _settle(self) -> None:

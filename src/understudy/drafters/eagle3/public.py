@@ -96,7 +96,7 @@ def flat(values: Mapping[str, Any], folder: Path) -> Any:
     nested = {key: value for key, value in nested.items() if value is not None}
     _check_supported(values, nested, folder)
     width, heads = _whole(values, "hidden_size", folder), _whole(values, "num_attention_heads", folder)
-    kv_heads, size = _whole(values, "num_key_value_heads", folder, heads), values.get("head_dim")
+    kv_heads = _whole(values, "num_key_value_heads", folder, heads)
     size = _whole(values, "head_dim", folder, width // heads)
     if heads % kv_heads or size % 2 or ("head_dim" not in values and width % heads):
         _refuse(
