@@ -41,10 +41,7 @@ def places(rows: list[list[Document]]) -> list[tuple[int, int]]:
 
 
 def agree(objective: Eagle3Objective, rows: list[list[Document]], gap: float = 0.0) -> None:
-    """Everything the objective says of `rows` is what the slow one says of the documents, in training and in evaluation.
-
-    While it trains, acceptance rates are left out where the loss does without them.
-    """
+    """All that the objective says of `rows` is what the slow one says; in training, acceptance rates only where the loss has them."""
     documents = [d for row in rows for d in row]
     want = reference.slow(objective, documents)
     if gap:
@@ -231,8 +228,7 @@ def test_chunks_are_the_whole(options):
         with patch.object(attention, "WHOLE", scores), patch.object(attention.DraftAttention, "_merged", counted):
             objective = reference.objective(reference.small(), loss_chunk=chunk, **options)
             out, found = run(objective)
-        most = {2**26: 17, 1: 1}.get(scores, 5)  # queries of a chunk: rows x heads x T scores each
-        assert max(calls) == most
+        assert max(calls) == {2**26: 17, 1: 1}.get(scores, 5)  # queries of a chunk: rows x heads x T scores each
         torch.testing.assert_close(out.loss, whole.loss, rtol=1e-5, atol=1e-5)
         assert {n: tuple(map(float, x)) for n, x in out.metrics.items()} == {
             n: pytest.approx(tuple(map(float, x)), rel=1e-4) for n, x in whole.metrics.items()

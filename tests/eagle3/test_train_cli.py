@@ -171,9 +171,8 @@ def test_how_far_it_unrolls_and_what_later_steps_weigh(runs):
     assert "train/acc_1" in columns(two) and "train/acc_2" not in columns(two) and "train/acc_2" in columns(three)
     flat, half = runs(*one, "--ttt-decay", "1"), runs(*one, "--step-decay", "0.5")
     losses = [logged(folder, "train/loss")[0] for folder in (half, two, flat)]  # of decay 0.5, 0.8 and 1: a + decay * b
-    assert losses[0] < losses[1] and (losses[1] - losses[0]) / 0.3 == pytest.approx(
-        (losses[2] - losses[1]) / 0.2, rel=1e-3
-    )
+    rises = (losses[1] - losses[0]) / 0.3, (losses[2] - losses[1]) / 0.2
+    assert 0 < rises[0] == pytest.approx(rises[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["kl", "tv", "lk"])
@@ -290,9 +289,11 @@ def test_bad_input_is_one_line(args, message, capsys, rows, tmp_path):
 @pytest.mark.slow
 def test_a_text_of_the_pocket_model_is_learned_by_heart(capsys, tmp_path):
     """One greedy answer of the target itself: every draft position becomes right, and decoding then accepts all that it drafts."""
-    args = ("--overfit", "1", "--max-steps", "60", "--lr", "1e-3", "--eval-interval", "60", "--eval-max-new-tokens", "48",
-            "--dtype", "float32", "--device", "cpu", "--output-dir", str(tmp_path / "run"))  # fmt: skip
+    args = ("--overfit", "1", "--max-steps", "60", "--lr", "2e-3", "--ttt-length", "5", "--draft-steps", "4", "--eval-interval", "60",
+            "--eval-max-new-tokens", "48", "--dtype", "float32", "--device", "cpu", "--output-dir", str(tmp_path / "run"))  # fmt: skip
     assert cli.main(["train", "eagle3", *args]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["overfit"]
-    assert len(found["accuracy"]) == 7 and min(found["accuracy"]) > 0.95
-    assert found["tau_at_most"] > 6 and found["tau"] > 0.95 * found["tau_at_most"]  # of 6 drafts and the target's token
+    assert len(found["accuracy"]) == 5 and min(found["accuracy"]) > 0.95
+    assert (
+        found["tau_at_most"] > 4.5 and found["tau"] > 0.95 * found["tau_at_most"]
+    )  # of 4 drafts and the target's own token
