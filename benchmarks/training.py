@@ -4,7 +4,8 @@
 
 Targets with random weights (12 layers; width and vocabulary as named), float32, one packed batch of 2 rows of 512 tokens, 65 % of them
 supervised, draft vocabulary and unrolled steps by default (7 steps; at most 32,000 draft tokens). Each case is a process of its own,
-because the most memory that a process ever held cannot be taken back. `memory_gb` is what a step adds to the weights of target and
+because the most memory that a process ever held cannot be taken back. Times are seconds of one CPU thread, so that other
+jobs on the machine count little. `memory_gb` is what a step adds to the weights of target and
 drafter, gradients included. `whole` is the same with head and loss in one piece.
 """
 
@@ -36,7 +37,7 @@ from understudy.training.options import TrainOptions
 
 WIDTHS, VOCABULARIES = (256, 1024), (4_096, 131_072)
 ROWS, LENGTH, SUPERVISED = 2, 512, 0.65
-REPEATS = 3
+REPEATS = 2
 
 
 def target_of(width: int, vocabulary: int) -> Target:
@@ -84,17 +85,17 @@ def measure(width: int, vocabulary: int, whole: bool) -> dict[str, Any]:
     parts: dict[str, list[float]] = {name: [] for name in ("target", "forward", "backward", "optimizer")}
     supervised = 0
     for _ in range(REPEATS + 1):
-        at = [time.perf_counter()]
+        at = [time.process_time()]
         given = features(batch)
-        at.append(time.perf_counter())
+        at.append(time.process_time())
         out = objective(given)
-        at.append(time.perf_counter())
+        at.append(time.process_time())
         (out.loss / out.count).backward()
         memory = peak() - held
-        at.append(time.perf_counter())
+        at.append(time.process_time())
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        at.append(time.perf_counter())
+        at.append(time.process_time())
         supervised = int(out.count)
         for name, (begin, end) in zip(parts, pairwise(at), strict=True):
             parts[name].append(end - begin)

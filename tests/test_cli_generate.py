@@ -12,6 +12,7 @@ import torch
 import transformers
 import yaml
 
+import tiny
 from understudy import cli
 from understudy.assets import pocket_path
 
@@ -105,7 +106,7 @@ def test_a_conversation_reuses_what_it_shares(capsys, monkeypatch):
         (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
         (
             ["--prompt", "x", "--drafter", "prompt-lokup"],
-            "did you mean prompt-lookup.*known drafters: early-exit, kangaroo",
+            "did you mean prompt-lookup.*known drafters: .*early-exit, kangaroo",
         ),
         (["--prompt", "x", "--drafter", "early-exit,exit_layer=12"], "12 layers"),
         (["--prompt", "x", "--drafter", "prompt-lookup,steps={"], "cannot read steps={"),
@@ -198,6 +199,23 @@ def test_demo_compares_drafters(capsys):
     assert "Not one token differs" in out
     for name in ("none", "null", "prompt-lookup", "early-exit"):
         assert name in out
+
+
+def test_demo_of_another_model_leaves_out_what_does_not_fit(capsys, tmp_path):
+    """Of the default drafters only: one that was asked for is refused."""
+    model = tmp_path / "model"
+    shutil.copytree(pocket_path(), model, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    tiny.build(
+        "Qwen3ForCausalLM", "Qwen3Config", vocab_size=4096, eos_token_id=2, max_position_embeddings=2048
+    ).save_pretrained(model)
+    args = ("demo", "--model", str(model), "--num-prompts", "1", "--max-new-tokens", "4", "--learn-seconds", "0")
+    code, out, _ = run(capsys, *args)
+    lines = [line for line in out.splitlines() if line.startswith("left out: ")]
+    assert code == 0 and len(lines) == 2, out
+    assert lines[0].startswith("left out: early-exit,exit_layer=4 (")  # it has 4 layers
+    assert lines[1].startswith("left out: eagle3 and eagle3,tree=true (drafter eagle3 has no weights for ")
+    assert "prompt-lookup" in out and out.count("eagle3,tree=true") == 1
+    assert "drafter eagle3 has no weights for" in refused(capsys, *args, "--drafter", "eagle3")
 
 
 def test_demo_ends_with_live_learning(capsys):

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import tiny
 from understudy.core.errors import UserError
-from understudy.drafting.weights import bare, llama_config, made_for, read_config, read_weights, renamed, write_weights
+from understudy.drafting.weights import (
+    bare,
+    check_trained_for,
+    llama_config,
+    made_for,
+    read_config,
+    read_weights,
+    renamed,
+    write_weights,
+)
+from understudy.target.fingerprint import fingerprint, template_hash
+from understudy.target.target import Target
 
 TENSORS = {
     "fc.weight": torch.arange(6.0).view(2, 3),
@@ -137,3 +150,22 @@ def test_whose_drafter_it_is(tmp_path):
         (tmp_path / "understudy.json").write_text(damaged)
         with pytest.raises(UserError, match="damaged, or no drafter's"):
             made_for(tmp_path)
+
+
+def test_another_chat_template_is_warned_of(tmp_path, capsys):
+    """A drafter that was trained on other prompts drafts badly, and nothing else shows it."""
+    target = tiny.target("qwen3")
+
+    class Tokenizer:
+        chat_template = "{{ messages }}"
+
+    here = Target(target.model, Tokenizer(), "tiny")
+    for template, warned in (
+        (template_hash(Tokenizer()), False),
+        (template_hash(SimpleNamespace(chat_template="thinking on: {{ messages }}")), True),
+        (None, False),
+    ):
+        card = {"target": {"fingerprint": fingerprint(here)}, "text": {"chat_template": template}}
+        (tmp_path / "understudy.json").write_text(json.dumps(card))
+        check_trained_for(tmp_path, here, "the drafter", anyway=False)
+        assert ("its chat template is not the one of this tokenizer" in capsys.readouterr().err) == warned

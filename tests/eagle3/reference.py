@@ -222,11 +222,11 @@ class Slow:
             k += 1
         return k
 
-    def metrics(self, steps: int) -> dict[str, tuple[float, float]]:
+    def metrics(self, steps: int, drafts: int) -> dict[str, tuple[float, float]]:
         begins = [(s.document, s.t) for s in self.slots if s.k == 0]
-        found = {"tau_sim": (float(sum(1 + self.run(d, t, steps) for d, t in begins)), float(self.cycles))}
+        found = {"tau_sim": (sum(1.0 + self.run(d, t, min(steps, drafts)) for d, t in begins), float(self.cycles))}
         for k in range(steps):
-            asked = [s for s in self.slots if s.k == k]
+            asked = [s for s in self.by_place.values() if s.k == k]
             tried = [s for s in asked if self.run(s.document, s.t, k) == k]
             right = float(sum(s.right for s in tried))
             found |= {

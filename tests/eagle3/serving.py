@@ -87,8 +87,8 @@ def planted(owner: Any, name: str, fault: Callable[..., Any]) -> Iterator[None]:
 
 @functools.cache
 def learned(**options: Any) -> Eagle3Objective:
-    """A drafter that knows a text of the target half."""
-    objective = reference.objective(tiny.target("llama"), ttt_length=4, spread=0.05, **options)
+    """A drafter that knows a text of the target half; trained on four steps unless `options` say otherwise."""
+    objective = reference.objective(tiny.target("llama"), **{"ttt_length": 4, "spread": 0.05, **options})
     return reference.taught(objective, text_of("llama", PROMPT))
 
 

@@ -52,14 +52,15 @@ def agree(objective: Eagle3Objective, rows: list[list[Document]], gap: float = 0
     assert int(out.count) == want.cycles
     torch.testing.assert_close(out.loss.detach().double(), want.loss, rtol=1e-4, atol=1e-4)
     compare(reference.gradients(objective, out.loss), want.gradients)
-    tokens = sum(len(d.tokens) for d in documents)
-    assert (None if out.divisor is None else int(out.divisor)) == (
-        tokens if objective.config.loss_normalizer == "all" else None
-    )
-    wanted = want.metrics(objective.config.ttt_length) if want.cycles else {}
-    assert {
-        name: (float(total), float(count)) for name, (total, count) in objective.eval()(features).metrics.items()
-    } == {name: pytest.approx(pair, rel=1e-4, abs=1e-4) for name, pair in wanted.items()}
+    tokens = sum(len(d.tokens) for d in documents) if objective.config.loss_normalizer == "all" else None
+    assert (None if out.divisor is None else int(out.divisor)) == tokens
+    steps, drafts = objective.config.ttt_length, objective.drafter.steps
+    wanted, looked = (want.metrics(n, drafts) if want.cycles else {} for n in (steps, max(steps, drafts)))
+    looks = objective.eval()(features)
+    torch.testing.assert_close(looks.loss.detach(), out.loss.detach(), rtol=1e-4, atol=1e-4)
+    assert {name: (float(total), float(count)) for name, (total, count) in looks.metrics.items()} == {
+        name: pytest.approx(pair, rel=1e-4, abs=1e-4) for name, pair in looked.items()
+    }
     without = "-" if objective.config.loss_type in ("tv", "lk") else "overlap"
     assert {name: (float(total), float(count)) for name, (total, count) in out.metrics.items()} == {
         name: pytest.approx(pair, rel=1e-4, abs=1e-4) for name, pair in wanted.items() if not name.startswith(without)

@@ -107,7 +107,7 @@ def test_a_run_ends_with_a_drafter_that_decodes(runs, rows):
     losses = logged(folder, "train/loss")
     assert len(losses) == 4 and losses[-1] < losses[0]
     taus = logged(folder, "measured/tau")  # of the new drafter, and at the end
-    assert len(taus) == 2 and min(taus) >= 1 and logged(folder, "measured/tau_replayed") == pytest.approx(taus)
+    assert len(taus) == 2 and min(taus) >= 1
     assert {"eval/tau_sim", "eval/overlap_1", "eval/acc_0", "eval/cond_acc_1", "eval/joint_acc_1"} <= columns(folder)
     drafter: Any = build(f"eagle3:{folder}", target())
     assert drafter.model.taps == (2, 4, 5)  # 2, L/2, L-3 of 8 layers
@@ -204,9 +204,9 @@ def test_memory_options_change_no_loss(runs, monkeypatch):
     monkeypatch.setattr(objective_module, "chunked_sums", lambda f, rows, *x: (chunks.add(rows), sums(f, rows, *x))[1])
     monkeypatch.setattr(model_module, "checkpoint", lambda *x, **how: (steps.append(1), checkpoint(*x, **how))[1])
     plain = runs()
-    assert chunks == {4096 // 2} and not steps
+    assert chunks == {1024 // 2} and not steps
     chunked, again = runs("--loss-chunk", "6"), runs("--checkpoint-steps")
-    assert chunks == {4096 // 2, 3} and steps
+    assert chunks == {1024 // 2, 3} and steps
     assert logged(chunked, "train/loss") == pytest.approx(logged(plain, "train/loss"), rel=1e-4)
     assert logged(again, "train/loss") == logged(plain, "train/loss")
 
@@ -214,7 +214,7 @@ def test_memory_options_change_no_loss(runs, monkeypatch):
 def test_a_start_is_taken_over_with_its_map(runs, rows, capsys, tmp_path):
     first = runs("--draft-vocab-size", "20", "--norm-output")
     other = tmp_path / "other.jsonl"
-    other.write_text('{"prompt": "a b", "response": "1 2 3 4 5 6 7 8 9 10 class while import"}\n' * 6)
+    other.write_text(rows.read_text().replace("return x", "while import class"))
     warm = runs("--init-from", str(first), "--lr", "1e-12", "--train-data-path", str(other))
     before, after = weights(first), weights(warm)
     assert torch.equal(before["d2t"], after["d2t"]) and config(warm)["norm_output"]
@@ -232,7 +232,7 @@ def test_a_start_is_taken_over_with_its_map(runs, rows, capsys, tmp_path):
         code, err = train(capsys, rows, "--init-from", str(first), "--output-dir", str(tmp_path / "x"), *args)
         assert code == 2 and re.search(message, err), err
     code, err = train(capsys, rows, "--init-from", str(first), "--output-dir", str(tmp_path / "x"), seed=1)
-    assert code == 2 and "another target" in err
+    assert code == 2 and "another target" in err and "or give --any-target to start from it all the same" in err
     runs("--init-from", str(first), "--any-target", seed=1)
 
 

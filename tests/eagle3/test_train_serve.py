@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -65,29 +66,36 @@ def test_tau_is_what_the_walk_says():
     assert 1 < taus[0] < taus[1] <= taus[2]
 
 
-def check_figures() -> None:
+def check_figures(drafts: int = 4, steps: int = 4) -> None:
     """The simulated accept length is the mean of real cycles: decoding begins at every slot of a text once."""
-    objective = learned()
+    objective = learned(ttt_length=steps)
     text = text_of("llama", PROMPT)[0][0]
-    with torch.no_grad():
-        figures = objective.eval()(reference.features(objective, reference.pack([[text]]))).metrics
     real = []
-    for n in range(len(PROMPT), len(text.tokens) - 1):
-        _, cycles = met(objective.drafter, text.tokens[:n], new=6)
-        real.append(min(cycles[0][2], len(text.tokens) - n - 1))
+    with patch.object(objective.drafter, "steps", drafts), torch.no_grad():
+        figures = objective.eval()(reference.features(objective, reference.pack([[text]]))).metrics
+        for n in range(len(PROMPT), len(text.tokens) - 1):
+            _, cycles = met(objective.drafter, text.tokens[:n], new=drafts + 2)
+            real.append(min(cycles[0][2], len(text.tokens) - n - 1))
+    assert max(real) == drafts
     assert [float(x) for x in figures["tau_sim"]] == [sum(real) + len(real), len(real)]
-    for k in range(4):
+    for k in range(drafts):
         tried = sum(a >= k for n, a in enumerate(real) if n + k < len(real))
         right = sum(a >= k + 1 for a in real)
         assert [float(x) for x in figures[f"joint_acc_{k}"]] == [right, len(real)]
         assert [float(x) for x in figures[f"cond_acc_{k}"]] == [right, tried]
 
 
+@pytest.mark.parametrize("drafts", [1, 2, 4])
+def test_simulated_is_measured_whatever_is_unrolled_in_training(drafts):
+    """Two steps are trained: decoding drafts fewer, or more."""
+    check_figures(drafts, steps=2)
+
+
 def test_products_of_accuracies_are_no_accept_length():
     check_figures()
 
-    def product(original: Any, found: Any, right: Tensor, wanted: Tensor) -> dict[str, Any]:
-        figures: dict[str, Any] = original(found, right, wanted)
+    def product(original: Any, objective: Eagle3Objective, found: Any, right: Tensor, wanted: Tensor) -> dict[str, Any]:
+        figures: dict[str, Any] = original(objective, found, right, wanted)
         expected, chain = torch.ones(()), torch.ones(())
         for k in range(len(wanted)):
             total, count = figures[f"acc_{k}"]

@@ -51,8 +51,11 @@ SMALL = ("--eval-num-prompts", "2", "--eval-max-new-tokens", "6", "--eval-interv
 def train(capsys, monkeypatch, rows: Path, *args: str, eval_data: bool = True) -> tuple[int, str, str]:
     monkeypatch.setattr(offline, "load", lambda config: target())
     held_out = ("--eval-data-path", str(rows)) if eval_data else ()
-    data = () if "--features" in args else ("--train-data-path", str(rows), "--batch-size", "2", "--max-length", "64")
-    code = cli.main(["train", "kangaroo", *data, *held_out, *BASE, *SMALL, *args])
+    data = () if "--features" in args else ("--train-data-path", str(rows), "--batch-size", "2")
+    if not {"--features", "--overfit"} & set(args):
+        data = (*data, "--max-length", "64")
+    small = SMALL[2:] if "--overfit" in args else SMALL
+    code = cli.main(["train", "kangaroo", *data, *held_out, *BASE, *small, *args])
     out, err = capsys.readouterr()
     return code, out, err
 

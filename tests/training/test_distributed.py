@@ -24,14 +24,16 @@ OPTIONS: dict[str, Any] = {
 EMPTY = (0, 3)  # with one row per batch, some ranks have a batch without supervision where the other has one
 
 
-def launch(folder: Path, *, fsdp: bool, processes: int = 2, **task: Any) -> dict[str, Any]:
-    """A run of `training.toy` on two processes, and what rank 0 logged."""
+def launch(
+    folder: Path, *, fsdp: bool, processes: int = 2, module: str = "training.toy", **task: Any
+) -> dict[str, Any]:
+    """A run of `module` on two processes, and what rank 0 logged."""
     folder.mkdir(exist_ok=True)
     options = {**OPTIONS, "batch_size": 1, "fsdp": fsdp, **task.pop("options", {})}
     task = {"out": str(folder / "run"), "log": str(folder / "log.json"), "empty": EMPTY, "options": options, **task}
     (folder / "task.json").write_text(json.dumps(task))
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0",
-               "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "training.toy", str(folder / "task.json")]  # fmt: skip
+               "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", module, str(folder / "task.json")]  # fmt: skip
     env = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-4000:]

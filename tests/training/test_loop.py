@@ -381,10 +381,11 @@ def test_a_gap_between_simulation_and_measurement_is_named(tmp_path, capsys):
     [
         (2.1, None, 3.0, None, ""),
         (1.0, None, 1.4, None, ""),
-        (1.9, None, 3.0, "unknown", "is 3.00 on the text of the data and 1.90 in decoding"),
+        (1.9, None, 3.0, "unknown", "is 3.00 simulated on the held-out data and 1.90 in decoding of the prompts"),
         (1.9, None, None, None, ""),
         (1.9, 1.9, 3.0, "data", "let the target itself answer"),
-        (1.9, 1.98, 3.0, "data", "not the target's own text"),  # within 5 %
+        (1.9, 1.98, 3.0, "data", "probably the data are not the target's own text"),  # within 5 %
+        (1.9, 1.9, 3.0, "data", "if the prompts are of another kind than the data"),
         (1.9, 1.7, 1.9, "serving", "on the very texts that it wrote training says 1.70"),
         (1.9, 2.01, None, "serving", "taps, positions, masks and whether what decodes is a stale checkpoint"),
         (1.2, 3.0, 3.0, "serving", "train/serve mismatch: decoding had an accept length of 1.20"),

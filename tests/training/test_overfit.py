@@ -20,7 +20,7 @@ from understudy.core.records import Needs
 from understudy.data.prompts import load_prompts, render
 from understudy.telemetry.run import read_events
 from understudy.training.datasets import OfflineOptions
-from understudy.training.overfit import STEPS, OverfitData, Repeated, told, with_steps
+from understudy.training.overfit import STEPS, UNREAD, OverfitData, Repeated, told, with_steps
 
 DRAFTS = ("--threshold", "0", "--draft-steps", "3", "--exit-layer", "3")
 
@@ -150,6 +150,16 @@ def test_how_long_it_takes():
 def test_options_that_do_not_go_together(options, says):
     with pytest.raises(pydantic.ValidationError, match=says):
         OfflineOptions(**options)
+
+
+@pytest.mark.parametrize("option", sorted(UNREAD))
+def test_options_that_it_would_not_read(option, capsys, monkeypatch, tmp_path, rows):
+    name = f"--{option.replace('_', '-')}"
+    value = () if OfflineOptions.model_fields[option].annotation is bool else ("3",)
+    args = ("--overfit", "1", name, *value, "--output-dir", str(tmp_path / "run"))
+    code, _, err = train(capsys, monkeypatch, rows, *args)
+    assert code == 2 and f"error: {name} has no meaning beside --overfit" in err
+    assert not (tmp_path / "run").exists()
 
 
 def test_no_file_is_needed(capsys, monkeypatch, tmp_path):

@@ -173,11 +173,14 @@ class Lines:
         return [fields for name, fields in self.events if name == kind]
 
 
-def run(out: Path, *, objective: Toy | None = None, batches: Rows | None = None, log: Lines | None = None,
+def run(out: Path, *, objective: Any = None, batches: Rows | None = None, log: Lines | None = None,
         measure: Any = None, held_out: bool = False, watchers: Any = (), console: Any = None, device: str | None = "cpu",
-        ranks: Ranks | None = None,
-        **options: Any) -> tuple[Result, Toy, Lines]:  # fmt: skip
-    """A run with options that suit a toy: no warm-up unless asked, no evaluation, no checkpoints but the last one."""
+        ranks: Ranks | None = None, source: Any = None,
+        **options: Any) -> tuple[Result, Any, Lines]:  # fmt: skip
+    """A run with options that suit a toy: no warm-up unless asked, no evaluation, no checkpoints but the last one.
+
+    `objective` is a `Toy` unless given, `source` what gives it features.
+    """
     given = {
         "eval_interval": 0,
         "save_interval": 0,
@@ -192,7 +195,7 @@ def run(out: Path, *, objective: Toy | None = None, batches: Rows | None = None,
     log = log if log is not None else Lines()
     batches = batches or Rows(size=settings.batch_size, rank=ranks.rank, world=ranks.world)
     result = train(
-        objective, batches, features, settings, ranks=ranks, log=log, measure=measure,
+        objective, batches, source or features, settings, ranks=ranks, log=log, measure=measure,
         held_out=HeldOutRows(ranks) if held_out else None, watchers=watchers, console=console,
     )  # fmt: skip
     ranks.close()

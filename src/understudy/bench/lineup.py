@@ -52,7 +52,13 @@ def line_up(config: BenchConfig, target: Target, **defaults: Any) -> list[Mode]:
         drafter = build(text, target, **(defaults | options))
         return EngineMode(text, target, drafter, params, sampling, StopRule(stop_ids), config.verbose)
 
-    compared = [engine(text, config.adaptive) for text in given if text != PLAIN]
+    try:
+        compared = [engine(text, config.adaptive) for text in given if text != PLAIN]
+    except UserError as error:
+        if config.preset is None or "drafter" in config.preset_changed():
+            raise
+        hint = f"--preset {config.preset} takes drafters of the built-in model; with another one, give --drafter"
+        raise UserError(f"{error} ({hint})") from None
     # the honest loser drafts as many tokens as the widest drafter beside it
     widest = max((mode.drafter.steps for mode in compared), default=config.steps)
     beside: list[Mode] = []

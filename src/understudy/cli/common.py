@@ -42,13 +42,13 @@ class DraftOptions(LearnOptions):
 
 
 def draft_defaults(config: DraftOptions, drafters: list[str]) -> dict[str, Any]:
-    """The draft options that were given. One that none of the drafters has would be ignored: it is an error."""
-    from understudy.drafting.spec import parse
+    """The draft options that were given. One that none of the drafters reads would be ignored: it is an error."""
+    from understudy.drafting.spec import configured
 
     values = given(config, DraftOptions)
-    configs = [parse(text)[0].config for text in drafters]
+    configs = [configured(text, **values)[2] for text in drafters]
     for name in values:
-        if not any(name in c.model_fields for c in configs):
+        if not any(name in type(c).model_fields and name not in c.unread() for c in configs):
             raise UserError(f"--{name.replace('_', '-')} is given, but no drafter here has it: {', '.join(drafters)}")
     return values
 

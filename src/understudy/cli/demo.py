@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from understudy.cli.common import ModelOptions, load
 from understudy.cli.options import config_command
 from understudy.core.config import option
+from understudy.core.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +23,10 @@ SHOWN = 2  # prompts whose answer is printed
 class DemoConfig(ModelOptions):
     """Options of `understudy demo`."""
 
-    drafter: list[str] = option(list(DRAFTERS), "NAME[:PATH][,key=value...] to compare with none (repeatable)")
+    drafter: list[str] = option(
+        list(DRAFTERS),
+        "NAME[:PATH][,key=value...] to compare with none (repeatable); of the default ones, those that fit the model",
+    )
     num_prompts: int = option(8, "prompts of the built-in set", "num-samples", ge=1)
     max_new_tokens: int = option(96, "most new tokens per answer", "max-tokens", ge=2)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
@@ -43,12 +47,10 @@ def command(config: DemoConfig) -> int:
     from rich.markup import escape
     from rich.table import Table
 
-    from understudy.api import Engine
     from understudy.assets import prompts_path
     from understudy.cli.demo_learning import learn
     from understudy.data.prompts import load_prompts, render
     from understudy.decoding.stats import Stats
-    from understudy.drafting.spec import build
 
     console = Console(highlight=False)
     target = load(config)
@@ -57,7 +59,8 @@ def command(config: DemoConfig) -> int:
     )
     prompts = load_prompts(prompts_path(), config.num_prompts)
     names = list(dict.fromkeys(["none", *config.drafter]))
-    engines = {name: Engine(target, build(name, target)) for name in names}
+    engines = _engines(console, target, names, optional="drafter" not in config.model_fields_set)
+    names = list(engines)
     totals = {name: Stats() for name in names}
     same = dict.fromkeys(names, 0)
     for engine in engines.values():  # first passes are slower: keep them out of the figures
@@ -105,6 +108,27 @@ def command(config: DemoConfig) -> int:
         new = [render(target.tokenizer, prompt.messages) for prompt in rest]
         differ |= not learn(console, target, new, config.learn_seconds, config.max_new_tokens)
     return _verdict(console, target, differ)
+
+
+def _engines(console: Console, target: Target, names: list[str], optional: bool) -> dict[str, Engine]:
+    """An engine per drafter. Where nobody asked for just these, one that does not fit the target is left out, and that is said."""
+    from rich.markup import escape
+
+    from understudy.api import Engine
+    from understudy.drafting.spec import build
+
+    engines: dict[str, Engine] = {}
+    missing: dict[str, list[str]] = {}  # by reason
+    for name in names:
+        try:
+            engines[name] = Engine(target, build(name, target))
+        except UserError as error:
+            if not optional:
+                raise
+            missing.setdefault(str(error), []).append(name)
+    for reason, left in missing.items():
+        console.print(f"left out: {escape(' and '.join(left))} ({escape(reason)})", soft_wrap=True)
+    return engines
 
 
 def _verdict(console: Console, target: Target, differ: bool) -> int:

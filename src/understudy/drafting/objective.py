@@ -80,7 +80,11 @@ class Objective(nn.Module):
 
     needs: Needs  # taps and last hidden states that `forward` reads; logits are made by the objective itself
     drafter: Drafter  # the very weights under training, ready to decode: the loop measures acceptance with it
-    says: Tensor | None = None  # [V_d] int64: the tokens that it can say, where those are not all of the target's
+
+    @property
+    def says(self) -> Tensor | None:
+        """[V_d] int64: the tokens that it can say, where those are not all of the target's."""
+        return None
 
     def forward(self, features: Features) -> StepOutput:
         raise NotImplementedError
@@ -102,7 +106,10 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def card(self) -> dict[str, Any]:
-        """What `understudy.json` shall say of the drafter that its `config.json` cannot, JSON-ready."""
+        """What `understudy.json` shall say of the drafter, JSON-ready: all that its trained weights mean nothing without.
+
+        It stays what it is while the drafter is trained, and a run goes on only where it is the same.
+        """
         return {}
 
     def save(self, folder: Path) -> None:

@@ -35,11 +35,17 @@ class OwnModel(Protocol):
         """[1, D] -> [1, V]."""
 
 
+def top_probability(logits: Tensor) -> Tensor:
+    """[n] fp32: the probability of the most probable token, of raw logits [n, V]."""
+    logits = logits.float()
+    return torch.exp(logits.amax(-1) - logits.logsumexp(-1))
+
+
 def unsure(logits: Tensor, threshold: float) -> bool:
     """Whether the most probable token of a law [1, V] (raw logits) is less probable than `threshold`. 0 = never asks."""
     if threshold <= 0:
         return False
-    return bool((torch.exp(logits.float().amax(-1) - logits.float().logsumexp(-1)) < threshold).item())
+    return bool((top_probability(logits) < threshold).item())
 
 
 class OwnCacheSession:

@@ -34,6 +34,10 @@ class DrafterConfig(AlignTelemetryParams):
 
     steps: int = option(6, "most tokens drafted in a row per cycle", "num-speculative-tokens", ge=0)
 
+    def unread(self) -> dict[str, str]:
+        """Options that nothing reads beside the others as they are -> why. A drafter's text may not give one."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -85,7 +89,10 @@ def parse(text: str) -> tuple[Spec, str | None, dict[str, str]]:
 
 
 def configured(text: str, **defaults: Any) -> tuple[Spec, str | None, DrafterConfig]:
-    """(spec, path, config) that `text` names. `defaults` apply where `text` says nothing and the drafter has the option."""
+    """(spec, path, config) that `text` names. `defaults` apply where `text` says nothing and the drafter has the option.
+
+    UserError for a text that is wrong, or gives an option that nothing would read; a default that nothing reads is no mistake.
+    """
     spec, path, options = parse(text)
     names = spellings(spec.config)
     values = {key: value for key, value in defaults.items() if key in spec.config.model_fields and value is not None}
@@ -100,10 +107,14 @@ def configured(text: str, **defaults: Any) -> tuple[Spec, str | None, DrafterCon
         except yaml.YAMLError:
             raise UserError(f"drafter {spec.name}: cannot read {key}={value}") from None
     try:
-        return spec, path, spec.config.model_validate(values)
+        config = spec.config.model_validate(values)
     except pydantic.ValidationError as error:
         labels = {names[key]: Given(f"drafter {spec.name}: {key}", value) for key, value in options.items()}
         raise UserError(explain(error, labels)) from None
+    unread = config.unread()
+    if ignored := [key for key in options if names[key] in unread]:
+        raise UserError(f"drafter {spec.name}: {ignored[0]} {unread[names[ignored[0]]]}")
+    return spec, path, config
 
 
 def build(text: str, target: Target, **defaults: Any) -> Drafter:

@@ -111,12 +111,16 @@ def read_card(folder: Path) -> dict[str, Any] | None:
     return card
 
 
-def check_trained_for(folder: Path, target: Target, what: str, anyway: bool) -> None:
+def check_trained_for(
+    folder: Path, target: Target, what: str, anyway: bool, insist: str = "any_target=true to draft with it"
+) -> None:
     """UserError if the drafter in `folder` was trained for another target, unless `anyway`; a warning if prompts are rendered otherwise.
+
+    `insist`: how the user says `anyway` here, and what happens then.
 
     A drafter that was trained with another chat template, or another thinking mode, drafts badly, and nothing else shows it.
     """
-    check_made_for(made_for(folder), target, what, anyway)
+    check_made_for(made_for(folder), target, what, anyway, insist)
     trained = ((read_card(folder) or {}).get("text") or {}).get("chat_template")
     here = template_hash(target.tokenizer)
     if trained is not None and here is not None and trained != here:

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from understudy.core.errors import UserError
 from understudy.target.target import Target
@@ -33,11 +34,19 @@ def fingerprint(target: Target) -> str:
             raise UserError(
                 "weights that are offloaded cannot be told apart: keep them in memory to train or load a drafter"
             )
-        values = parameter.detach().flatten()
-        at = torch.tensor(places(values.numel()), device=values.device)
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(values[at].to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + _sampled(parameter))
     return digest.hexdigest()[:16]
+
+
+def weights_hash(weights: Tensor) -> str:
+    """16 hex digits that tell these weights from others, as `fingerprint` tells targets."""
+    return hashlib.sha256(f"{tuple(weights.shape)}".encode() + _sampled(weights)).hexdigest()[:16]
+
+
+def _sampled(weights: Tensor) -> bytes:
+    values = weights.detach().flatten()
+    at = torch.tensor(places(values.numel()), device=values.device)
+    return values[at].to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def tokenizer_hash(tokenizer: Any) -> str | None:
@@ -55,11 +64,16 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check_made_for(found: object, target: Target, what: str, anyway: bool) -> None:
-    """UserError if `found`, the fingerprint that `what` was made for (None = it does not say), is another target's."""
+def check_made_for(
+    found: object, target: Target, what: str, anyway: bool, insist: str = "any_target=true to draft with it"
+) -> None:
+    """UserError if `found`, the fingerprint that `what` was made for (None = it does not say), is another target's.
+
+    `insist`: how the user says `anyway` here, and what happens then.
+    """
     if found is None or anyway or found == fingerprint(target):
         return
     raise UserError(
         f"{what} was trained for another target than {target.name or 'this one'} (other weights, or float16); train it anew, or"
-        " give any_target=true to draft with it all the same"
+        f" give {insist} all the same"
     )

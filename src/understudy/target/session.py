@@ -89,7 +89,7 @@ class TargetSession:
             start=at.start,
             tokens=ids,
             parents=parents,
-            taps={tap: taps[tap] for tap in self.needs.taps},
+            taps={tap: taps[tap].to(self.device) for tap in self.needs.taps},  # of layers that may be elsewhere too
             exit=None if self.needs.exit is None else taps[self.needs.exit],
             last=hidden if self.needs.last else None,
             logits=out,

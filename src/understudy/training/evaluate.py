@@ -80,9 +80,10 @@ def mismatch(real: float, replayed: float | None, simulated: float | None) -> tu
     """Why training's figures and decoding's disagree, (cause, text); None = they agree, or nothing can be said.
 
     `real` = measured accept length; `replayed` = what training says of the very texts that decoding wrote; `simulated` = what it
-    says of the data. `serving`: `replayed` differs from `real` by more than `TOLERANCE`: the drafter decodes from other inputs than
-    it is trained on. `data`: accepted drafts (tau - 1) are less than half of the simulated ones although a replay agrees: what
-    differs is the text. Without a replay the two cannot be told apart, and the cause is `unknown`.
+    says of the held-out data, where a cycle begins at every slot of its answers. `serving`: `replayed` differs from `real` by more
+    than `TOLERANCE`: the drafter decodes from other inputs than it is trained on. `data`: accepted drafts (tau - 1) are less than
+    half of the simulated ones although a replay agrees: what differs is the text, because the target did not write the data, or
+    because the prompts are of another kind. Without a replay the two cannot be told apart, and the cause is `unknown`.
     """
     if replayed is not None and abs(replayed - real) > TOLERANCE * real:
         return "serving", (
@@ -92,16 +93,16 @@ def mismatch(real: float, replayed: float | None, simulated: float | None) -> tu
         )
     if simulated is None or simulated - 1 < 0.5 or real - 1 >= (simulated - 1) / 2:
         return None
-    found = f"accept length is {simulated:.2f} on the text of the data and {real:.2f} in decoding"
+    found = f"accept length is {simulated:.2f} simulated on the held-out data and {real:.2f} in decoding of the prompts"
     if replayed is None:
         return "unknown", (
             f"train/serve mismatch, or data that is not the target's own text: {found}. Look at taps, positions and masks, chat"
             " template and thinking mode"
         )
     return "data", (
-        f"the data is not the target's own text: {found}, and training agrees about the text that decoding wrote. Answers were"
-        " written by somebody else, in another thinking mode or under another chat template: let the target itself answer the"
-        " prompts again and train on that"
+        f"probably the data are not the target's own text: {found}, although training agrees about the text that decoding wrote."
+        " If somebody else wrote the answers, or the target in another thinking mode or under another chat template, let the target"
+        " itself answer the prompts again and train on that; if the prompts are of another kind than the data, measure on like ones"
     )
 
 

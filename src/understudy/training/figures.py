@@ -45,11 +45,16 @@ def peak_memory(device: torch.device) -> float:
 
 
 def zeros(report: StepReport) -> str | None:
-    """Why a step learned nothing, for `--verbose`; None = it did."""
+    """Why a step learned nothing; None = it did."""
     if not report.masked:
         return "zero because the loss mask is empty: chat template, --is-preformatted or data"
     if not report.count:
         return "zero because no slot of the mask is supervised: documents are too short for this drafter"
+    if report.skipped is None and report.grad_norm == report.loss == 0:
+        return (
+            f"zero because none of {report.count} slots is in the loss, their likeliest tokens being outside the draft vocabulary"
+            " (--draft-vocab-size, --out-of-vocab), or because it is at its minimum"
+        )
     if report.skipped is None and report.grad_norm == 0:
         return "gradients are zero: the loss does not depend on what is trained, or it is at its minimum"
     return None

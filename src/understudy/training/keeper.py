@@ -88,15 +88,19 @@ class Keeper:
         return None if source is None else self._same(source)
 
     def _same(self, source: Path) -> Path:
-        """UserError unless the checkpoint is of the same drafter, on the same taps of the same target."""
+        """UserError unless the checkpoint is of the same drafter, of the same shape, on the same taps of the same target."""
         try:
             card = json.loads((source / "understudy.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise UserError(f"cannot resume from {source}: its understudy.json is missing or damaged") from None
-        for key in ("drafter", "taps", "target"):
-            if key in self.card and card.get(key) != self.card[key]:
+        here = {key: self.card[key] for key in ("drafter", "taps", "target") if key in self.card}
+        here |= self.objective.card()
+        for key in here:
+            if found := _difference(key, card.get(key), here[key]):
+                name, was, now = found
                 raise UserError(
-                    f"cannot resume from {source}: its {key} was {card.get(key)}, here it is {self.card[key]}; start a new run"
+                    f"cannot resume from {source}: its {name} was {was}, here it is {now}; give the data and options that it"
+                    " began with, --init-from too, or start a new run"
                 )
         return source
 
@@ -178,3 +182,11 @@ class Keeper:
             folder / "understudy.json",
             {**self.card, **self.objective.card(), "training": training, "env": environment(self.options.seed)},
         )
+
+
+def _difference(name: str, was: Any, now: Any) -> tuple[str, Any, Any] | None:
+    """The first entry that differs, as (name, was, now), inside of objects of JSON; None = none does."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        inner = (_difference(f"{name}.{key}", was.get(key), now.get(key)) for key in sorted({*was, *now}))
+        return next((found for found in inner if found), None)
+    return None if was == now else (name, was, now)

@@ -92,6 +92,7 @@ class _Loop:
         self.watchers, self.total, self.bar, self.stops = watchers, total, bar, stops
         self.options, self.ranks, self.log, self.at = keeper.options, keeper.ranks, keeper.log, keeper.at
         self.sums, self.window = evaluate.Sums(), Window()
+        self.told_zero = False
 
     def run(self) -> Result:
         options, at = self.options, self.at
@@ -178,8 +179,11 @@ class _Loop:
                 f"loss or gradient was not finite in {at.bad_in_row} steps in a row, up to step {at.step}: lower --learning-rate"
                 " or choose another --mixed-precision, and go on with --resume"
             )
+        why = zeros(report)
+        if why and report.count and not self.told_zero:
+            self.told_zero = True  # once: a loss of 0 looks like a good one
+            self._event("zero_gradient", f"WARNING: step {at.step} taught nothing: {why}")
         if self.options.verbose:
-            why = zeros(report)
             self.bar.say(
                 f"step {at.step}: mask sum {report.masked}, supervised {report.count}, gradient norm {report.grad_norm:.4g}"
                 + (f"; {why}" if why else "")

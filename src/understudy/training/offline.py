@@ -27,7 +27,7 @@ from understudy.training.distributed import Ranks
 from understudy.training.figures import peak_memory
 from understudy.training.loop import Result, train
 from understudy.training.optimizer import total_steps
-from understudy.training.overfit import ByHeart, OverfitData, told, with_steps
+from understudy.training.overfit import UNREAD, ByHeart, OverfitData, told, with_steps
 from understudy.training.predictions import prediction_watchers
 from understudy.training.progress import clock
 from understudy.training.replay import Decoding
@@ -127,6 +127,11 @@ def _check(config: OfflineOptions, target: Target) -> None:
     if config.features is not None and (fixed := sorted(FIXED_BY_FEATURES & config.model_fields_set)):
         raise UserError(
             f"--{fixed[0].replace('_', '-')} is decided where features are captured: leave it out beside --features"
+        )
+    if config.overfit and (unread := sorted(UNREAD & config.model_fields_set)):
+        raise UserError(
+            f"--{unread[0].replace('_', '-')} has no meaning beside --overfit, which learns and measures whole answers to its prompts:"
+            " leave it out"
         )
 
 

@@ -29,6 +29,8 @@ from understudy.training.datasets import Fixed, OfflineOptions, TrainingData, fi
 from understudy.training.distributed import Ranks
 from understudy.training.replay import Decoding, answered
 
+# options of data and evaluation that have nothing to decide here
+UNREAD = {"max_length", "pack", "last_turn_only", "is_preformatted", "eval_num_prompts", "eval_batches", "vocab_rows"}
 STEPS = 300  # where neither steps nor epochs are given: an epoch would be a step or two
 
 Options = TypeVar("Options", bound=OfflineOptions)

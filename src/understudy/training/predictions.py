@@ -15,6 +15,7 @@ is the drafter. Any `Objective` with `predictions` can be looked at. In the run 
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,13 +143,14 @@ class PredictionWatcher:
         self.interval, self.count = options.log_samples_interval, options.num_samples_to_log
         self.objective, self.features, self.batches = objective, features, batches
         self.words, self.ranks, self.log, self.console = words, ranks, log, console
-        self._looked = False
+        self._looked, self._began = False, 0.0
         self._fixed: Features | None = None  # on the CPU between looks: accelerator memory is for training
         self._columns: list[int] = []
 
     def __call__(self, step: int) -> None:
         if self.log is None:
             return
+        self._began = time.perf_counter()
         if not self._looked:
             self._look(step, self.log)
         if self._fixed is not None:
@@ -189,6 +191,7 @@ class PredictionWatcher:
             accuracy=of.by_position,
             high_confidence_wrong=of.high_confidence_wrong,
             verdict=verdict(of.gap, of.accuracy),
+            seconds=round(time.perf_counter() - self._began, 4),
         )
         log.trackers.table(step, "predictions/samples_table", COLUMNS, table)
         log.trackers.text(step, "predictions/detailed_text", text)

@@ -23,6 +23,11 @@ class Eagle3Config(DrafterConfig):
         False, "take weights that were trained for another target; the output stays the target's own"
     )
 
+    def unread(self) -> dict[str, str]:
+        if self.tree:
+            return {"threshold": "ends chains: leave it out, or tree=true"}
+        return dict.fromkeys(("top_k", "nodes"), "shapes trees: give tree=true with it, or leave it out")
+
 
 class Eagle3ObjectiveConfig(Config):
     """Options of `train eagle3`: the drafter's shape, its objective, and how it drafts while acceptance is measured."""
@@ -59,7 +64,7 @@ class Eagle3ObjectiveConfig(Config):
         "drop",
         "slots whose likeliest token of the target is outside the draft vocabulary: left out of the loss, or in it",
     )
-    loss_chunk: int = option(4096, "rows whose logits exist at the same time", ge=1)
+    loss_chunk: int = option(1024, "rows whose logits exist at the same time", ge=1)
     checkpoint_steps: bool = option(
         False, "compute each unrolled step again in the backward pass: less memory, more time"
     )

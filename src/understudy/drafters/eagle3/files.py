@@ -82,6 +82,14 @@ def read_layout(folder: Path, target: Target) -> Any:
     return layout
 
 
+def shape(model: Eagle3Model) -> dict[str, Any]:
+    """What weights mean, as `config.json` says it: sizes, flags, taps, positions. Much of it no weight tells."""
+    return {
+        **{key: getattr(model.config, key) for key in WRITTEN},
+        "rope_parameters": dict(model.config.rope_parameters),
+    }
+
+
 def _config(model: Eagle3Model) -> dict[str, Any]:
     config, rope = model.config, dict(model.config.rope_parameters)
     dtype = str(model.dtype).removeprefix("torch.")
@@ -89,7 +97,7 @@ def _config(model: Eagle3Model) -> dict[str, Any]:
     return {
         "architectures": [ARCHITECTURES[0]],
         "model_type": "llama",
-        **{key: getattr(config, key) for key in WRITTEN},
+        **shape(model),
         "num_aux_hidden_states": len(model.taps),
         "eagle_config": {
             "use_aux_hidden_state": True,
@@ -98,7 +106,6 @@ def _config(model: Eagle3Model) -> dict[str, Any]:
         },
         "rope_theta": rope["rope_theta"],  # older readers look here, newer ones at rope_parameters
         "rope_scaling": None if rope.get("rope_type", "default") == "default" else scaling,
-        "rope_parameters": rope,
         "dtype": dtype,
         "torch_dtype": dtype,
     }

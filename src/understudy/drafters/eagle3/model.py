@@ -24,6 +24,13 @@ from understudy.drafting.objective import Batch
 from understudy.target.cache import KVCache
 
 
+class Norm(nn.RMSNorm):
+    """An RMS norm in the dtype of its rows: under autocast these are bf16, and torch's fast kernel wants the fp32 weight to match."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class DraftLayer(nn.Module):
     """A decoder layer whose attention reads (embedding, state) and whose residual stream is the state."""
 
@@ -32,9 +39,9 @@ class DraftLayer(nn.Module):
         width, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = DraftAttention(config)
         self.mlp = LlamaMLP(config)
-        self.input_layernorm = nn.RMSNorm(width, eps)
-        self.hidden_norm = nn.RMSNorm(width, eps)
-        self.post_attention_layernorm = nn.RMSNorm(width, eps)
+        self.input_layernorm = Norm(width, eps)
+        self.hidden_norm = Norm(width, eps)
+        self.post_attention_layernorm = Norm(width, eps)
         self.normed_residual: bool = config.norm_before_residual
 
     def enter(self, embeddings: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,10 +68,10 @@ class Eagle3Model(nn.Module):
         width, source, eps = config.hidden_size, config.target_hidden_size, config.rms_norm_eps
         many = len(self.taps)
         self.fc = nn.Linear(many * source, width, bias=config.bias)
-        self.fc_norm = nn.ModuleList([nn.RMSNorm(source, eps) for _ in self.taps]) if config.fc_norm else None
-        self.input_norm = nn.RMSNorm(many * source, eps) if config.norm_before_fc else None
+        self.fc_norm = nn.ModuleList([Norm(source, eps) for _ in self.taps]) if config.fc_norm else None
+        self.input_norm = Norm(many * source, eps) if config.norm_before_fc else None
         self.midlayer = DraftLayer(config)
-        self.norm = nn.RMSNorm(width, eps)
+        self.norm = Norm(width, eps)
         self.lm_head = nn.Linear(width, config.draft_vocab_size, bias=False)
         reduced = config.draft_vocab_size != config.vocab_size
         self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64) if reduced else None)

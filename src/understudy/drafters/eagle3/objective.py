@@ -7,6 +7,9 @@ token u, over the draft vocabulary. Slot t drafts x_{t+2+k}, given x_{t+1} and t
 
 **The mask is exact.** A chain begins at slot t only where decoding begins one: x_{t+1} is committed text of the assistant. Step k is
 asked for only if the answer goes on that far. So (t, k) is supervised iff x_{t+1} .. x_{t+2+k} all belong to the mask and to one document.
+
+Evaluation unrolls at least as many steps as decoding drafts, so that its simulated accept length can be compared with the measured one;
+the loss has the same steps as in training.
 """
 
 from __future__ import annotations
@@ -22,11 +25,12 @@ from torch.nn import functional as F
 from understudy.core.records import Needs
 from understudy.drafters.eagle3.config import Eagle3ObjectiveConfig
 from understudy.drafters.eagle3.drafter import Eagle3Drafter
-from understudy.drafters.eagle3.files import write_drafter
+from understudy.drafters.eagle3.files import shape, write_drafter
 from understudy.drafters.eagle3.layout import servable
 from understudy.drafters.eagle3.vocab import digest
 from understudy.drafting.objective import Batch, Features, Objective, Predictions, StepOutput
 from understudy.ops.chunks import chunked_sums
+from understudy.target.fingerprint import weights_hash
 
 SUMS = ("loss", "lossy", "right", "overlap")  # per step: summed loss, slots in it, hits, summed acceptance rate
 
@@ -79,11 +83,16 @@ class Eagle3Objective(Objective):
         self.drafter: Eagle3Drafter = drafter
         self.config = config
         self.needs = Needs(taps=frozenset(drafter.model.taps), last=True)
-        self.says = drafter.model.ids
         drafter.requires_grad_(True)
         drafter.model.lm_head.requires_grad_(config.train_head)
         if drafter.model.embed_tokens is not None:
             drafter.model.embed_tokens.requires_grad_(False)
+        frozen = {name: p for name, p in drafter.model.named_parameters() if not p.requires_grad}
+        self._frozen = {name: weights_hash(p) for name, p in frozen.items()}
+
+    @property
+    def says(self) -> Tensor | None:
+        return self.drafter.model.ids
 
     def _unroll(self, features: Features, steps: int) -> list[Tensor]:
         model = self.drafter.model
@@ -94,7 +103,7 @@ class Eagle3Objective(Objective):
         """[C, D] -> (p over the draft tokens [C, V_d], log of their share of the whole law [C], argmax of the whole law [C])."""
         # outside autocast: the target's own numbers are what decoding compares with
         with torch.no_grad(), torch.autocast(last.device.type, enabled=False):
-            logits = self.drafter.target.head(last).float()
+            logits = self.drafter.target.head(last).to(last.device).float()  # under a device map it is elsewhere
             best, ids = logits.argmax(-1), self.drafter.model.ids
             if ids is None:
                 return logits.softmax(-1), torch.zeros_like(logits[:, 0]), best
@@ -135,7 +144,7 @@ class Eagle3Objective(Objective):
 
     def forward(self, features: Features) -> StepOutput:
         config, batch = self.config, features.batch
-        steps = config.ttt_length
+        steps = config.ttt_length if self.training else max(config.ttt_length, self.drafter.steps)
         wanted = asked(batch, steps)
         outs = self._unroll(features, steps)
         count = wanted[0].sum()
@@ -164,16 +173,16 @@ class Eagle3Objective(Objective):
         found = dict(zip(SUMS, flat.view(len(SUMS), steps), strict=True))
         if not self._overlaps:
             del found["overlap"]
-        decay = config.ttt_decay ** torch.arange(steps, device=flat.device)
+        decay = config.ttt_decay ** torch.arange(config.ttt_length, device=flat.device)
         metrics = self._metrics({name: x.detach() for name, x in found.items()}, right.view_as(wanted), wanted)
-        return StepOutput((found["loss"] * decay).sum(), count, metrics, divisor)
+        return StepOutput((found["loss"][: config.ttt_length] * decay).sum(), count, metrics, divisor)
 
-    @staticmethod
-    def _metrics(found: dict[str, Tensor], right: Tensor, wanted: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Marginal, conditional and joint accuracy per position, never mixed; the latter's sum + 1 is the simulated tau."""
+    def _metrics(self, found: dict[str, Tensor], right: Tensor, wanted: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Marginal, conditional and joint accuracy per position, never mixed; simulated tau = 1 + the sum of the latter, as far as
+        decoding drafts."""
         cycles = wanted[0].sum()
         before = wanted[0]
-        metrics = {"tau_sim": (cycles + (right & wanted).long().cumprod(0).sum(), cycles)}
+        metrics = {"tau_sim": (cycles + (right & wanted)[: self.drafter.steps].long().cumprod(0).sum(), cycles)}
         for k in range(len(wanted)):
             tried = before & wanted[k]
             before = tried & right[k]
@@ -234,7 +243,11 @@ class Eagle3Objective(Objective):
 
     def card(self) -> dict[str, Any]:
         ids = self.drafter.model.ids
-        return {"vocabulary_map": None if ids is None else digest(ids)}
+        return {
+            "shape": shape(self.drafter.model),
+            "vocabulary_map": None if ids is None else digest(ids),
+            "frozen_weights": self._frozen,
+        }
 
     def save(self, folder: Path) -> None:
         write_drafter(self.drafter.model, folder)

@@ -28,7 +28,7 @@ def train_eagle3(
     if start is None:
         model = new_model(target, config, new_layout(target, config), counts)
     else:
-        check_trained_for(start, target, f"the drafter in {start}", config.any_target)
+        check_trained_for(start, target, f"the drafter in {start}", config.any_target, "--any-target to start from it")
         model = read_drafter(start, target)
         _same(config, model, start)
     drafter = Eagle3Drafter(target, model.to(target.device, target.dtype), Eagle3Config(steps=config.draft_steps))
@@ -57,7 +57,7 @@ def new_model(target: Target, config: Eagle3ObjectiveConfig, layout: Any, counts
             # alternating signs have mean 0 and mean square 1, so RMS norms and layer norms alike return them times their weight
             signs = torch.ones(1, width, device=target.device, dtype=target.dtype)
             signs[:, 1::2] = -1
-            model.norm.weight.copy_((target.norm(signs) * signs)[0].float())
+            model.norm.weight.copy_((target.norm(signs).to(signs.device) * signs)[0].float())
     return model
 
 

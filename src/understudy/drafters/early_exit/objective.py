@@ -24,6 +24,7 @@ from understudy.drafters.early_exit.drafter import ExitDrafter
 from understudy.drafters.early_exit.files import exit_layer_of, read_adapter, write_adapter
 from understudy.drafting.lora import lora_state_dict
 from understudy.drafting.objective import Batch, Features, Objective, Predictions, StepOutput, TokenCounts
+from understudy.drafting.own_cache import top_probability
 from understudy.drafting.weights import check_trained_for
 from understudy.ops import laws
 from understudy.ops.chunks import chunked_sums
@@ -106,8 +107,9 @@ class ExitObjective(Objective):
             return StepOutput(zero.float(), count, {})
 
         def sums(read: Tensor, last: Tensor, at: Tensor) -> Tensor:
-            with torch.no_grad():
-                teacher = self.drafter.target.head(last).float()
+            # outside autocast: the target's own numbers are what decoding compares with
+            with torch.no_grad(), torch.autocast(last.device.type, enabled=False):
+                teacher = self.drafter.frozen_logits(last).float()
                 agree = teacher.argmax(-1)
             logits = self.drafter.head_logits(read).float()
             right.view(-1)[at] = logits.detach().argmax(-1) == agree
@@ -131,8 +133,7 @@ class ExitObjective(Objective):
 
     def _sure(self, logits: Tensor) -> Tensor:
         """[n] bool of logits [n, V]: drafting goes on after such a draft."""
-        most = torch.exp(logits.float().amax(-1) - logits.float().logsumexp(-1))
-        return most >= self.drafter.config.threshold
+        return top_probability(logits) >= self.drafter.config.threshold
 
     @torch.no_grad()
     def predictions(self, features: Features) -> Predictions:
@@ -148,7 +149,7 @@ class ExitObjective(Objective):
         tokens, beliefs = list[Tensor](), list[Tensor]()
         for at in slots.split(self.config.loss_chunk):
             law = self.drafter.head_logits(reads.flatten(0, 1)[at]).float().softmax(-1)
-            both = torch.stack([law.argmax(-1), self.drafter.target.head(last[at]).argmax(-1)])
+            both = torch.stack([law.argmax(-1), self.drafter.frozen_logits(last[at]).argmax(-1)])
             tokens.append(both)
             beliefs.append(law.gather(1, both.T).T)
         predicted, target = torch.cat(tokens, dim=1)[:, None].unbind()
@@ -191,7 +192,7 @@ def train_kangaroo(
         )
     probe(target, "split", config.exit_layer)
     if start is not None:
-        check_trained_for(start, target, f"the adapter in {start}", config.any_target)
+        check_trained_for(start, target, f"the adapter in {start}", config.any_target, "--any-target to start from it")
     adapter = Adapter.identity(target, config.exit_layer) if start is None else read_adapter(start, target)
     if start is not None and (trained := exit_layer_of(start)) not in (None, config.exit_layer):
         raise UserError(f"{start} was trained at exit layer {trained}: give --exit-layer {trained}")
