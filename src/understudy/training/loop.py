@@ -116,7 +116,7 @@ class _Loop:
             raise UserError(
                 "nothing was supervised, every loss mask is empty: check chat template, --is-preformatted, data"
             )
-        if reason == "done" and at.evaluated != at.step:
+        if reason in ("done", "max_minutes") and at.evaluated != at.step:
             self._evaluate()
         return self._finish(reason)
 
