@@ -18,7 +18,7 @@ from understudy.decoding.engine import decode
 from understudy.drafters.eagle3.config import Eagle3Config
 from understudy.drafters.eagle3.drafter import Eagle3Drafter
 from understudy.drafting.protocols import Drafter
-from understudy.drafting.spec import configured
+from understudy.drafting.spec import configured, parse
 from understudy.target.target import Target
 
 
@@ -27,7 +27,7 @@ from understudy.target.target import Target
     [
         ("eagle3,top_k=4", "drafter eagle3: top_k shapes trees: give tree=true with it"),
         ("eagle3,num-nodes=4,tree=false", "drafter eagle3: num_nodes shapes trees"),
-        ("eagle3,tree=true,threshold=0.9", "drafter eagle3: threshold ends chains"),
+        ("eagle3,tree=true,threshold=0.9", "drafter eagle3: threshold belongs to chains"),
     ],
 )
 def test_what_nothing_would_read_is_refused(text: str, message: str) -> None:
@@ -108,3 +108,15 @@ def test_the_law_of_drawn_drafts_with_a_threshold() -> None:
     drafted, accepted = check_law(make, PLAIN, 400, "sample")
     assert accepted >= 60 and drafted - accepted >= 60
     assert set(lengths) == {1, 2}, "of 3 and 2 that the budget allows"
+
+
+def test_a_colon_names_a_path():
+    """`eagle3:$RUN` with an unset variable must not measure another drafter."""
+    with pytest.raises(UserError, match="has no path behind its colon"):
+        parse("eagle3:,tree=true")
+
+
+@pytest.mark.parametrize("option", ["nodes=1025", "top_k=257"])
+def test_a_tree_has_bounds(option):
+    with pytest.raises(UserError, match=f"{option.partition('=')[0]}.*at most"):
+        configured(f"eagle3,tree=true,{option}")

@@ -70,7 +70,11 @@ def specs() -> dict[str, Spec]:
 def parse(text: str) -> tuple[Spec, str | None, dict[str, str]]:
     """`NAME[:PATH][,key=value...]` -> (spec, path, options as text)."""
     head, *pairs = text.split(",")
-    name, _, path = head.partition(":")
+    name, colon, path = head.partition(":")
+    if colon and not path:
+        raise UserError(
+            f"drafter {text!r} has no path behind its colon: name a checkpoint or run, or leave the colon out"
+        )
     name = name.strip().replace("_", "-")
     if name not in specs():
         near = difflib.get_close_matches(name, specs(), n=1)

@@ -75,7 +75,10 @@ class Ranks:
         self.rank: int = self.accelerator.process_index
         self.main: bool = self.accelerator.is_main_process
         alone = self.world == 1 and device is not None
-        self.device = torch.device(device) if alone and device else torch.device(self.accelerator.device)
+        try:
+            self.device = torch.device(device) if alone and device else torch.device(self.accelerator.device)
+        except RuntimeError:
+            raise UserError(f"--device {device}: no such device; cpu, cuda, cuda:1, mps, ...") from None
         self.fsdp = options.fsdp
         if options.mixed_precision == "fp16" and self.device.type in ("cpu", "mps"):
             raise UserError(f"--mixed-precision fp16 does not work on {self.device.type}; take bf16 or no")

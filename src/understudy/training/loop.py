@@ -271,10 +271,11 @@ class _Loop:
             self._follow(real)
 
     def _follow(self, tau: float) -> None:
-        """`best` goes to a higher measured accept length, and to nothing else."""
+        """`best` goes to a higher measured accept length, and of equal ones to the later step, which learned more."""
         at = self.at
-        if at.best_tau is not None and tau <= at.best_tau:
-            at.since_best += 1
+        better = at.best_tau is None or tau > at.best_tau
+        at.since_best = 0 if better else at.since_best + 1
+        if at.best_tau is not None and tau < at.best_tau:
             return
-        at.best_tau, at.best_step, at.since_best = tau, at.step, 0
+        at.best_tau, at.best_step = tau, at.step
         self.keeper.save_best()

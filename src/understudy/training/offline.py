@@ -168,7 +168,10 @@ def _introduce(
             f"{spec.name}: {trained:,} weights to train; weights, gradients and optimizer take {sizes['optimizer_mb']} MB,"
             f" checkpoints up to {sizes['disk_mb']} MB on disk; memory after a first batch {sizes['memory_gb']} GB",
             f"{steps:,} steps, about {batches:,} batches per epoch, about {clock(3600 * sizes['hours'])} without evaluations",
-            *(f"servable by {engine}: {verdict}" for engine, verdict in objective.servable().items()),
+            *(
+                f"servable by {engine}" if verdict == "ok" else f"not servable by {engine}: {verdict}"
+                for engine, verdict in objective.servable().items()
+            ),
         ]
         if covered is not None and objective.says is not None:
             lines.append(f"the drafter can say {len(objective.says):,} tokens: {covered:.2%} of what is supervised")

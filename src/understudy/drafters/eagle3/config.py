@@ -17,15 +17,15 @@ class Eagle3Config(DrafterConfig):
         0.0, "of a chain: drafting stops after a draft whose probability is below this; 0 = never", ge=0, le=1
     )
     tree: bool = option(False, "draft a tree of the likeliest continuations instead of a chain")
-    top_k: int = option(8, "of a tree: branches per node, and nodes expanded per depth", ge=1)
-    nodes: int = option(24, "of a tree: drafts that are verified in one pass", "num-nodes", ge=1)
+    top_k: int = option(8, "of a tree: branches per node, and nodes expanded per depth", ge=1, le=256)
+    nodes: int = option(24, "of a tree: drafts that are verified in one pass", "num-nodes", ge=1, le=1024)
     any_target: bool = option(
         False, "take weights that were trained for another target; the output stays the target's own"
     )
 
     def unread(self) -> dict[str, str]:
         if self.tree:
-            return {"threshold": "ends chains: leave it out, or tree=true"}
+            return {"threshold": "belongs to chains: leave it out, or leave tree=true out"}
         return dict.fromkeys(("top_k", "nodes"), "shapes trees: give tree=true with it, or leave it out")
 
 
