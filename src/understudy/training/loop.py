@@ -34,6 +34,7 @@ from understudy.training.rng import preserved_rng
 from understudy.training.step import StepReport, take_step
 from understudy.training.stops import StopRequest
 
+FIRST = ("measured/tau", "measured/tau_replayed", "eval/tau_sim", "eval/loss")  # what an evaluation tells first
 ASKED = {"max_minutes": "--max-minutes is over", "SIGTERM": "SIGTERM", "SIGINT": "interrupt"}
 
 
@@ -266,7 +267,9 @@ class _Loop:
             self._event("mismatch", f"WARNING: {differs[1]}", cause=differs[0], **figures)
         keeper.figures = values
         self._show(values, line=False)
-        self.bar.say(f"step {at.step}: " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        told = [*(name for name in FIRST if name in values), *(name for name in values if name not in FIRST)]
+        # figures per draft position are in the log; a line that nobody can read hides the one that matters
+        self.bar.say(f"step {at.step}: " + "  ".join(f"{n} {values[n]:.4g}" for n in told if not n[-1].isdigit()))
         if real is not None:
             self._follow(real)
 
