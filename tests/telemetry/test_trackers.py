@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,9 +60,19 @@ def records(folder: Path) -> list[Any]:
     return found
 
 
+def finished(folder: Path) -> list[Any]:
+    """The records, once wandb's own process has written the last one: it may do so a moment after `finish` returns."""
+    end = time.monotonic() + 20
+    while True:
+        found = records(folder)
+        if (found and found[-1].WhichOneof("record_type") == "exit") or time.monotonic() > end:
+            return found
+        time.sleep(0.05)
+
+
 def history(folder: Path) -> dict[int, dict[str, Any]]:
     steps: dict[int, dict[str, Any]] = {}
-    for record in records(folder):
+    for record in finished(folder):
         if record.WhichOneof("record_type") == "history":
             items = {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
             steps.setdefault(record.history.step.num, {}).update(items)
