@@ -89,7 +89,7 @@ def test_adaptive_draft_length_changes_the_work_and_not_the_text(target):
     fixed = understudy.generate(engine, PROMPTS[0], max_new_tokens=40)
     adaptive = understudy.generate(engine, PROMPTS[0], max_new_tokens=40, adaptive=True)
     assert adaptive.tokens == fixed.tokens
-    assert adaptive.stats.drafted < fixed.stats.drafted / 2
+    assert adaptive.stats.drafted < fixed.stats.drafted
 
 
 @pytest.mark.parametrize("drafter", ["null", "prompt-lookup", "early-exit,exit_layer=8,threshold=0"])
