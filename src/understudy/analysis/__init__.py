@@ -1,0 +1,1 @@
+"""What is measured to choose: target layers for taps and exits, and what a drafter would gain there."""
