@@ -18,7 +18,8 @@ import tiny
 from eagle3 import reference
 from eagle3.reference import Document
 from understudy.drafters.eagle3 import attention
-from understudy.drafters.eagle3.attention import DraftAttention, Rotary
+from understudy.drafters.eagle3.attention import DraftAttention
+from understudy.drafting.blocks import Rotary
 from understudy.target.cache import KVCache
 from understudy.target.target import Target
 

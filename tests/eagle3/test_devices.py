@@ -15,8 +15,8 @@ from eagle3 import reference
 from eagle3.reference import document
 from understudy.core.records import Needs
 from understudy.drafters.eagle3.config import Eagle3ObjectiveConfig
-from understudy.drafters.eagle3.model import Norm
 from understudy.drafters.eagle3.start import train_eagle3
+from understudy.drafting.blocks import Norm
 from understudy.target.session import TargetSession
 from understudy.target.target import Target
 

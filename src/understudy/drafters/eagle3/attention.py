@@ -11,37 +11,22 @@ so the second part is a diagonal: one key per step and slot, and no [T, k T] mas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from understudy.drafting.blocks import Rotary
 from understudy.target.attention import Pass, PassHolder, attention
 from understudy.target.cache import KVCache
 
-Rotary = tuple[Tensor, Tensor]  # cos, sin: [B, T, d]
 WHOLE = (
     2**26
 )  # scores of a step that may exist at once; beyond, queries go in chunks that the backward pass computes again
-
-
-class DraftRotary(LlamaRotaryEmbedding):
-    """Rotary factors whose frequencies stay fp32 in a model of any dtype, as in every engine.
-
-    Rounded to bf16 they would be off by up to 0.2 %: at a distance of 100 tokens, by a fifth of a radian.
-    """
-
-    inv_freq: Tensor  # [d / 2]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        exact = self.inv_freq
-        super()._apply(fn, recurse)
-        self.inv_freq = exact.to(self.inv_freq.device)
-        return self
 
 
 class DraftAttention(nn.Module):

@@ -18,17 +18,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from understudy.drafters.eagle3.attention import DraftAttention, DraftRotary, Rotary
+from understudy.drafters.eagle3.attention import DraftAttention
 from understudy.drafters.eagle3.layout import taps_of
+from understudy.drafting.blocks import DraftRotary, Norm, Rotary
 from understudy.drafting.objective import Batch
 from understudy.target.cache import KVCache
-
-
-class Norm(nn.RMSNorm):
-    """An RMS norm in the dtype of its rows: under autocast these are bf16, and torch's fast kernel wants the fp32 weight to match."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class DraftLayer(nn.Module):
@@ -79,7 +73,6 @@ class Eagle3Model(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, width) if own_embedding else None
         self._shared = [embedding]  # in a list: it is the target's
         self.rotary = DraftRotary(config)
-        self._tables: Rotary | None = None  # cos, sin [1, rows, d] of positions from 0 on
 
     @property
     def dtype(self) -> torch.dtype:
@@ -122,12 +115,7 @@ class Eagle3Model(nn.Module):
 
     def rotations(self, start: int, stop: int) -> Rotary:
         """Rotary factors [1, n, d] of positions start .. stop - 1."""
-        if self._tables is None or self._tables[0].shape[1] < stop or self._tables[0].dtype != self.dtype:
-            rows = max(512, 2 * stop)
-            where = torch.arange(rows, device=self.fc.weight.device)[None]
-            self._tables = self.rotary(self.fc.weight, where)
-        cos, sin = self._tables
-        return cos[:, start:stop], sin[:, start:stop]
+        return self.rotary.rows(start, stop, self.fc.weight)
 
     def write(self, tokens: Tensor, states: Tensor, start: int, cache: KVCache) -> None:
         """Put rows from `start` on into the cache: tokens [n], the states before them [n, H]."""

@@ -28,6 +28,7 @@ from understudy.drafters.eagle3.drafter import Eagle3Drafter
 from understudy.drafters.eagle3.files import shape, write_drafter
 from understudy.drafters.eagle3.layout import servable
 from understudy.drafters.eagle3.vocab import digest
+from understudy.drafting import slots
 from understudy.drafting.objective import Batch, Features, Objective, Predictions, StepOutput
 from understudy.ops.chunks import chunked_sums
 from understudy.target.fingerprint import weights_hash
@@ -36,21 +37,8 @@ SUMS = ("loss", "lossy", "right", "overlap")  # per step: summed loss, slots in 
 
 
 def asked(batch: Batch, steps: int) -> Tensor:
-    """[K, B, T] bool: decoding asks step k of the chain that begins at slot t."""
-    mask, documents = batch.mask, batch.documents
-
-    def ahead(by: int) -> Tensor:
-        """[B, T]: token t + by is the assistant's and of the same document."""
-        by = min(by, mask.shape[1])
-        same = F.pad(documents[:, by:], (0, by), value=-1) == documents
-        return F.pad(mask[:, by:], (0, by), value=False) & same & (documents >= 0)
-
-    goes_on = ahead(1)
-    found = []
-    for k in range(steps):
-        goes_on = goes_on & ahead(2 + k)
-        found.append(goes_on)
-    return torch.stack(found)
+    """[K, B, T] bool: decoding asks step k of the chain that begins at slot t, which is the slot before its last committed token."""
+    return F.pad(slots.asked(batch, steps)[:, :, 1:], (0, 1), value=False)
 
 
 @dataclass(frozen=True, slots=True)
