@@ -42,14 +42,17 @@ def _tiny(target: Target) -> list[Drafter]:
     taps = sorted({1, target.layers - 1})
     for seed, (options, drafting) in enumerate(
         [
-            ({"num_draft_layers": 2, "block_size": 4}, DFlashConfig()),
-            ({"num_draft_layers": 1, "block_size": 6, "sliding_window": 5}, DFlashConfig(steps=3)),
-            ({"block_size": 4, "markov_rank": 4, "confidence_head": True}, DFlashConfig(threshold=0.4)),
+            (DFlashObjectiveConfig(taps=taps, num_draft_layers=2, block_size=4), DFlashConfig()),
+            (DFlashObjectiveConfig(taps=taps, block_size=6, sliding_window=5), DFlashConfig(steps=3)),
+            (
+                DFlashObjectiveConfig(taps=taps, block_size=4, markov_rank=4, confidence_head=True),
+                DFlashConfig(threshold=0.4),
+            ),
         ]
     ):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = new_model(target, new_layout(target, DFlashObjectiveConfig(taps=taps, **options)))
+            model = new_model(target, new_layout(target, options))
             if model.markov_head is not None:
                 torch.nn.init.normal_(model.markov_head.markov_w2.weight)
         made.append(DFlashDrafter(target, model.to(target.device, target.dtype).requires_grad_(False).eval(), drafting))

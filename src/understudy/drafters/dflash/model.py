@@ -10,7 +10,7 @@ too, and row k drafts x_{A+1+k}. Modules and weights are named as in public chec
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 from understudy.drafters.dflash.attention import BlockAttention
 from understudy.drafters.dflash.heads import ConfidenceHead, MarkovHead
 from understudy.drafters.dflash.layout import causal, drafts_of, taps_of, windows
-from understudy.drafting.blocks import DraftRotary, Norm
+from understudy.drafting.blocks import DraftRotary, Norm, Rotary
 from understudy.drafting.objective import Batch
 from understudy.target.cache import KVCache
 
@@ -34,8 +34,16 @@ class DraftLayer(nn.Module):
         self.input_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
 
-    def leave(self, residual: Tensor, attended: Tensor) -> Tensor:
-        """What follows attention: [.., H]."""
+    def decode(self, x: Tensor, rotary: Rotary, cache: KVCache) -> Tensor:
+        """One block [1, S, H] over the cache, which its rows join: [1, S, H]."""
+        return self._leave(x, self.self_attn.block(self.input_layernorm(x), rotary, cache))
+
+    def unrolled(self, x: Tensor, rotary: Rotary, context: Tensor, past: Rotary, distance: Tensor) -> Tensor:
+        """All blocks [B, N S, H] over context states [B, T, H] with rotary factors `past`; `distance` as in `BlockAttention.blocks`."""
+        keys = self.self_attn.keys(context, past)
+        return self._leave(x, self.self_attn.blocks(self.input_layernorm(x), rotary, keys, distance))
+
+    def _leave(self, residual: Tensor, attended: Tensor) -> Tensor:
         x = residual + attended
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
@@ -72,6 +80,10 @@ class DFlashModel(nn.Module):
         return self.fc.weight.dtype
 
     @property
+    def attentions(self) -> list[BlockAttention]:
+        return [cast(DraftLayer, layer).self_attn for layer in self.layers]
+
+    @property
     def first(self) -> int:
         """The block's first row that drafts."""
         return 0 if self.config.sample_from_anchor else 1
@@ -85,9 +97,7 @@ class DFlashModel(nn.Module):
         """Last committed tokens [..] int64 -> blocks [.., S, H]: their embedding, then the mask token's."""
         table = self._shared[0] if self.embed_tokens is None else self.embed_tokens.weight
         first = F.embedding(tokens, table).to(self.dtype)
-        mask = self.mask_embedding
-        if mask is None:
-            mask = table[self.config.mask_token_id]
+        mask = table[self.config.mask_token_id] if self.mask_embedding is None else self.mask_embedding
         masks = mask.to(self.dtype).expand(*first.shape[:-1], rows - 1, -1)
         return torch.cat([first[..., None, :], masks], dim=-2)
 
@@ -100,7 +110,7 @@ class DFlashModel(nn.Module):
 
     def _fused_weights(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """Key and value projections of all layers as one matrix, its bias, and the norms of keys [n, 1, d]; made again when they change."""
-        attentions = [layer.self_attn for layer in self.layers]
+        attentions = self.attentions
         parts = [p for a in attentions for p in (a.k_proj.weight, a.v_proj.weight, a.k_norm.weight)]
         key = [(p.data_ptr(), p._version, p.dtype) for p in parts]
         if self._fused is None or self._fused[0] != key:
@@ -114,7 +124,7 @@ class DFlashModel(nn.Module):
     def write(self, taps: Tensor, start: int, cache: KVCache) -> None:
         """Put context rows of taps [n, n D] into the cache of every layer, from row `start` on: one matrix product for all layers."""
         weight, bias, norms = self._fused_weights()
-        rows, attention = len(taps), self.layers[0].self_attn
+        rows, attention = len(taps), self.attentions[0]
         flat = F.linear(self.fuse(taps), weight, bias)
         both = flat.view(rows, len(self.layers), 2, attention.kv_heads, attention.size)
         keys = F.rms_norm(both[:, :, 0], (attention.size,), None, attention.k_norm.eps) * norms
@@ -134,7 +144,7 @@ class DFlashModel(nn.Module):
         cache.start = start
         x, rotary = self.embed(token, rows), self.rotary.rows(start, start + rows, self.fc.weight)
         for layer in self.layers:
-            x = layer.leave(x, layer.self_attn.block(layer.input_layernorm(x), rotary, cache))
+            x = cast(DraftLayer, layer).decode(x, rotary, cache)
         out: Tensor = self.norm(x)[0]
         return out
 
@@ -155,8 +165,6 @@ class DFlashModel(nn.Module):
         same = batch.documents.gather(1, anchors)[:, :, None] == batch.documents[:, None]
         distance = (distance * same).clamp_min(0)
         for layer in self.layers:
-            keys = layer.self_attn.keys(context, past)
-            attended = layer.self_attn.blocks(layer.input_layernorm(x), rotary, keys, distance)
-            x = layer.leave(x, attended)
+            x = cast(DraftLayer, layer).unrolled(x, rotary, context, past, distance)
         out: Tensor = self.norm(x).unflatten(1, anchors.shape[1:] + (rows,))
         return out
