@@ -18,10 +18,11 @@ demo: $(INSTALLED) ## Decode real text with every built-in drafter, and see what
 	$(BIN)/understudy demo
 
 test: $(INSTALLED) ## Run every test, the slow ones too
-	$(BIN)/python -m pytest -n 2 -m ""
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m ""
 
-engines: $(INSTALLED) ## Serve the built-in drafters in vLLM: same text, as many drafts accepted (once 3 GB)
-	$(BIN)/python tests/engines/vllm_eagle3.py --reduced 1024
+engines: $(INSTALLED) ## Serve built-in drafters and answers in vLLM: same text, as many drafts accepted (once 3 GB)
+	$(BIN)/python tests/engines/vllm_drafters.py --reduced 1024
+	$(BIN)/python tests/engines/vllm_regenerate.py
 
 check: $(INSTALLED) ## Lint, formatting, types, and who may import whom
 	$(BIN)/ruff check .

@@ -79,7 +79,7 @@ def test_a_malformed_prompts_file_names_the_line(tmp_path, capsys):
     ("options", "reason"),
     [
         ({"drafter": ["lookup"]}, "unknown drafter 'lookup'.*known drafters: .*prompt-lookup"),
-        ({"draft_model": "somewhere"}, "unknown drafter 'dflash'.*known drafters: .*prompt-lookup"),
+        ({"draft_model": "somewhere"}, "no checkpoint: somewhere does not exist"),
         (
             {"drafter": ["early-exit,exit_layer=4"]},
             "exit_layer 4 leaves nothing to verify with: the target has 4 layers",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -23,6 +24,10 @@ from understudy.bench.huggingface import HuggingFaceMode, _stats
 from understudy.bench.modes import EngineMode
 from understudy.bench.run import bench
 from understudy.cli import main
+from understudy.drafters.dflash.config import DFlashObjectiveConfig
+from understudy.drafters.dflash.files import write_drafter
+from understudy.drafters.dflash.layout import new_layout
+from understudy.drafters.dflash.start import new_model
 from understudy.drafting.spec import build, specs
 from understudy.target.params import SamplingParams
 from understudy.target.target import Target
@@ -32,7 +37,21 @@ FIELDS = {
     *("acceptance_rate", "acc_at", "accept_hist", "repeat_share", "efficiency", "breakdown", "overhead", "identical"),
     *("rejected_drafts", "divergences"),
 }
-DRAFTERS = ("prompt-lookup", "early-exit,exit_layer=1,threshold=0.3")
+PLACE = TemporaryDirectory()
+
+
+def block_drafter() -> str:
+    """A DFlash drafter with random weights for the tiny target, on disk: no built-in one is made for it."""
+    target = tiny.target("qwen3")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = DFlashObjectiveConfig(taps=[1, 3], block_size=5, mask_token_id=90)
+        write_drafter(new_model(target, new_layout(target, config)), Path(PLACE.name))
+    return f"dflash:{PLACE.name}"
+
+
+BLOCKS = block_drafter()
+DRAFTERS = ("prompt-lookup", "early-exit,exit_layer=1,threshold=0.3", BLOCKS)
 PROMPTS = [tiny.prompt(length, seed) for seed, length in enumerate((9, 14, 11))]
 
 
@@ -130,7 +149,12 @@ def test_at_a_temperature_nothing_is_called_identical():
 
 def hf(name: str = "hf", target: Target | None = None, stop: tuple[int, ...] = (), **sampling: Any) -> HuggingFaceMode:
     return HuggingFaceMode(
-        name, target or tiny.target("qwen3"), SamplingParams(**sampling), stop, ["early-exit,exit_layer=3"], steps=4
+        name,
+        target or tiny.target("qwen3"),
+        SamplingParams(**sampling),
+        stop,
+        ["early-exit,exit_layer=3", f"{BLOCKS},any_target=true"],
+        steps=4,
     )
 
 

@@ -63,6 +63,8 @@ def test_counts(tmp_path, tokenizer):
         "rejected": {S.MALFORMED: 1, E.NO_ANSWER: 2},
         "rejected_first": {S.MALFORMED: [broken], E.NO_ANSWER: [f"{path}:5", f"{path}:6"]},
         "answers_left_out": {E.PROMPT: 1},
+        "written_by": {},
+        "other_template": 0,
         "tokens": 61,
         "supervised": 21,
         "supervised_fraction": 21 / 61,

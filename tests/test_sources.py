@@ -29,8 +29,12 @@ def test_the_page_names_working_commands():
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory) -> dict[str, str]:
-    """What the page leaves open: a model, a file of conversations, the checkpoint of a head."""
+    """What the page leaves open: a model, a file of conversations, a folder of regenerated ones, checkpoints of a head and a drafter."""
     from understudy.assets import pocket_path
+    from understudy.drafters.dflash.config import DFlashObjectiveConfig
+    from understudy.drafters.dflash.files import write_drafter
+    from understudy.drafters.dflash.layout import new_layout
+    from understudy.drafters.dflash.start import new_model
     from understudy.drafting.spec import build
     from understudy.target.loading import load_target
     from understudy.training.online import OnlineLearner
@@ -38,19 +42,26 @@ def places(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("sources")
     rows = folder / "rows.jsonl"
     rows.write_text('{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}\n' * 4)
-    head = build(f"dvi,dvi_online=true,save_lora_path={folder}", load_target(pocket_path()))
-    OnlineLearner(head).close()
-    return {"M": "pocket", "FILE": str(rows), "LORA": str(folder / "final.pt")}
+    target = load_target(pocket_path())
+    OnlineLearner(build(f"dvi,dvi_online=true,save_lora_path={folder}", target)).close()
+    write_drafter(new_model(target, new_layout(target, DFlashObjectiveConfig())), folder / "drafter")
+    data = folder / "data"
+    regenerate = ["data", "regenerate", "--data-path", str(rows), "--max-new-tokens", "8", "--output-dir", str(data)]
+    assert cli.main([*regenerate, "--max-repeat-share", "1"]) == 0
+    found = {"M": "pocket", "FILE": rows, "LORA": folder / "final.pt", "DIR": data, "DRAFTER": folder / "drafter"}
+    return {name: str(place) for name, place in found.items()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", working_commands())
 def test_a_mapped_command_runs(command, places, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    command = re.sub(r"\b(M|FILE|LORA)\b", lambda found: places[found[0]], command)
+    command = re.sub(r"\b(M|FILE|LORA|DIR|DRAFTER)\b", lambda found: places[found[0]], command)
     args = shlex.split(command.replace("runs/", f"{tmp_path}/runs/"))
     if args[0] == "bench" and "--num-samples" not in args:
         args += ["--num-prompts", "2"]  # how many prompts is left open by the documents
-    if args[:2] == ["train", "eagle3"]:
+    if args[0] == "bench":
+        args += ["--repeats", "1"]  # and so is how often
+    if args[0] == "train" and args[1] in ("eagle3", "dflash"):
         args += ["--max-steps", "2"]  # four rows, ten times over, show no more
     assert cli.main(args) == 0, capsys.readouterr().err

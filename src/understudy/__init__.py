@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from understudy.api import Engine, Generation, generate, load, stream
     from understudy.core.errors import UserError
-    from understudy.hf import custom_generate
+    from understudy.hf import assistant, custom_generate
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "Generation", "UserError", "custom_generate", "generate", "load", "stream"]
+__all__ = ["Engine", "Generation", "UserError", "assistant", "custom_generate", "generate", "load", "stream"]
 
 _HOMES = {
     "Engine": "understudy.api",
@@ -23,6 +23,7 @@ _HOMES = {
     "load": "understudy.api",
     "stream": "understudy.api",
     "UserError": "understudy.core.errors",
+    "assistant": "understudy.hf",
     "custom_generate": "understudy.hf",
 }
 

@@ -74,6 +74,16 @@ def custom_generate(drafter: str | Drafter, tokenizer: Any = None, **options: An
     return understudy_generate
 
 
+def assistant(model: nn.Module, drafter: str | Drafter) -> nn.Module:
+    """A drafter as transformers' own generation takes it, for `model` and any number of calls:
+
+        model.generate(**inputs, assistant_model=understudy.assistant(model, "dflash:DIR"), speculation_type="dflash")
+
+    UserError for a drafter that transformers knows no way to draft with.
+    """
+    return _prepared(model, drafter)[1].assistant()
+
+
 def _prepared(model: nn.Module, drafter: str | Drafter) -> tuple[Target, Drafter]:
     """The model's Target and the drafter for it, made once."""
     memo = model.__dict__.setdefault(MEMO, {})

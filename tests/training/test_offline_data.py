@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from training.kangaroo import logged, run, target, train, write_rows
@@ -18,6 +21,7 @@ from understudy.data.encode import Encoder
 from understudy.data.stream import Corpus
 from understudy.drafters.early_exit.objective import ExitObjective, ExitObjectiveConfig
 from understudy.drafting.spec import specs
+from understudy.target.fingerprint import fingerprint
 from understudy.telemetry.run import read_events, read_table
 from understudy.training import datasets, offline
 from understudy.training.datasets import FileData, OfflineOptions, ShardData
@@ -161,3 +165,43 @@ def test_detailed_predictions_are_written(capsys, monkeypatch, tmp_path, rows):
     assert not (none / "predictions").exists()
     training = run(capsys, monkeypatch, rows, tmp_path / "training", *args, eval_data=False)
     assert read_table(training / "metrics" / "predictions.csv"), "without held-out data a training batch is shown"
+
+
+def answered(folder: Path, target_hash: str) -> Path:
+    """A folder as `understudy data regenerate` leaves it, with rows that the target of this hash wrote."""
+    row = {"input_ids": list(range(8, 28)), "loss_mask": [0] * 10 + [1] * 10, "made": {"target": target_hash}}
+    folder.mkdir()
+    (folder / "train-0.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
+    return folder
+
+
+def test_a_data_dir_is_read_as_what_it_holds(tmp_path, rows):
+    folder = answered(tmp_path / "answers", "0" * 16)
+    assert opened(options([], tmp_path / "run", data_dir=folder)).token_counts()[18:28].tolist() == [4] * 10
+    (folder / "manifest.json").write_text("{}")
+    assert OfflineOptions(data_dir=folder).features == folder
+    again = OfflineOptions(**OfflineOptions(data_dir=folder).model_dump())  # as a resumed run reads its settings
+    assert (again.features, again.train_data_path) == (folder, [])
+    for given in ({"features": tmp_path}, {"train_data_path": rows}):
+        with pytest.raises(ValueError, match="name data in three ways; give one"):
+            OfflineOptions(data_dir=folder, **given)
+
+
+@pytest.mark.parametrize("mine", [True, False])
+def test_rows_that_another_target_wrote_are_warned_of(tmp_path, mine):
+    wrote = fingerprint(target()) if mine else "0" * 16
+    config = options([], tmp_path / "run", data_dir=answered(tmp_path / "answers", wrote))
+    console = Console(file=io.StringIO(), width=200)
+    data = opened(config)
+    data.bind(Needs(last=True))
+    data.facts(console)
+    assert ("4 of the rows looked at were written by another target" in console.file.getvalue()) is not mine
+
+
+def test_batches_end_where_their_text_ends(tmp_path):
+    config = options([], tmp_path / "run", data_dir=answered(tmp_path / "answers", "0" * 16), batch_size=8)
+    data = opened(config)
+    data.bind(Needs(last=True))
+    batch = data.first()
+    assert batch.ids.shape == (2, 60), "three documents of 20 tokens share a row of 64; six rows would be padding"
+    assert bool((batch.documents >= 0).any(0).all()) and bool((batch.documents >= 0).any(1).all())

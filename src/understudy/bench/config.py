@@ -10,7 +10,7 @@ import pydantic
 from understudy.core.config import option, split_commas
 from understudy.telemetry.options import AlignTelemetryParams
 
-Baseline = Literal["none", "null", "hf", "hf-prompt-lookup", "hf-early-exit"]
+Baseline = Literal["none", "null", "hf", "hf-prompt-lookup", "hf-early-exit", "hf-dflash"]
 BASELINES: tuple[str, ...] = get_args(Baseline)
 
 # What a preset fixes, with the built-in model. Every published figure is measured with one of them as it stands here; an
@@ -24,7 +24,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "temperature": 0.0,
         "repeats": 3,
         "drafter": ["prompt-lookup", "early-exit", "eagle3", "eagle3,tree=true"],
-        "baselines": list(BASELINES),
+        "baselines": ["none", "null", "hf", "hf-prompt-lookup", "hf-early-exit"],
     },
 }
 

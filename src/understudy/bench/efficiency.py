@@ -17,12 +17,14 @@ counts as overhead.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median
+from functools import partial
+from statistics import fmean
 from typing import Any
 
-from understudy.bench.modes import EngineMode, Turn, now, undisturbed
+from understudy.analysis.clock import medians, undisturbed
+from understudy.bench.modes import EngineMode, Turn
 from understudy.core.records import Proposal
 from understudy.decoding.engine import decode
 from understudy.decoding.sequence import DecodeSequence
@@ -80,24 +82,16 @@ def alone(mode: EngineMode, prompts: Sequence[list[int]], turns: Sequence[Turn],
 
 def _sample(sequence: DecodeSequence) -> Sample:
     """Each part TRIES times, in turns, with the sequence back where it was after each."""
-    device, target = sequence.target.device, sequence.target
-    seconds: dict[str, list[float]] = defaultdict(list)
-    width = 0
-    for _ in range(TRIES):
-        t0 = now(device)
-        target.verify(None)
-        t1 = now(device)
-        _reset(sequence)
-        t2 = now(device)
-        proposal = _propose(sequence)
-        t3 = now(device)
-        target.verify(proposal)
-        t4 = now(device)
-        _reset(sequence)
-        width = proposal.tokens.shape[0] if proposal else 0
-        for name, spent in (("one", t1 - t0), ("draft", t3 - t2), ("verify", t4 - t3)):
-            seconds[name].append(spent)
-    return Sample(width, *(median(seconds[name]) for name in ("one", "draft", "verify")))
+    target, drafted = sequence.target, list[Proposal | None]()
+    parts: dict[str, Callable[[], object]] = {
+        "one": lambda: target.verify(None),
+        "draft": lambda: drafted.append(_propose(sequence)),
+        "verify": lambda: target.verify(drafted[-1]),
+    }
+    reset = partial(_reset, sequence)
+    seconds = medians(parts, TRIES, target.device, {"one": reset, "verify": reset})
+    width = drafted[-1].tokens.shape[0] if drafted[-1] else 0
+    return Sample(width, **seconds)
 
 
 def _propose(sequence: DecodeSequence) -> Proposal | None:

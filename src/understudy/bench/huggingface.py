@@ -24,11 +24,13 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from understudy.bench.modes import Turn, now, undisturbed
+from understudy.analysis.clock import now, undisturbed
+from understudy.bench.modes import Turn
 from understudy.core.errors import UserError
 from understudy.core.seeds import derive
 from understudy.decoding.stats import Stats
-from understudy.drafting.spec import configured, parse
+from understudy.drafting.protocols import Drafter
+from understudy.drafting.spec import DrafterConfig, configured, parse
 from understudy.target.memory import is_out_of_memory
 from understudy.target.params import SamplingParams
 from understudy.target.target import Target
@@ -39,20 +41,23 @@ class Method:
     """One way of `generate`, and what its settings are called there."""
 
     counterpart: str | None  # our drafter of the same method
-    call: Callable[[Any], dict[str, Any]]  # the counterpart's config -> keywords of `generate`
+    call: Callable[[Any, Any], dict[str, Any]]  # the counterpart's config and the counterpart -> keywords of `generate`
     config: Callable[[Any], dict[str, Any]]  # the counterpart's config -> fields of the GenerationConfig
 
 
 METHODS = {
-    "hf": Method(None, lambda c: {}, lambda c: {}),
+    "hf": Method(None, lambda c, d: {}, lambda c: {}),
     "hf-prompt-lookup": Method(
         "prompt-lookup",
-        lambda c: {"prompt_lookup_num_tokens": c.steps, "max_matching_ngram_size": c.max_ngram},
+        lambda c, d: {"prompt_lookup_num_tokens": c.steps, "max_matching_ngram_size": c.max_ngram},
         lambda c: {},
+    ),
+    "hf-dflash": Method(
+        "dflash", lambda c, d: {"assistant_model": d.assistant(), "speculation_type": "dflash"}, lambda c: {}
     ),
     "hf-early-exit": Method(
         "early-exit",
-        lambda c: {"assistant_early_exit": c.exit_layer},
+        lambda c, d: {"assistant_early_exit": c.exit_layer},
         lambda c: {
             "num_assistant_tokens": c.steps,
             "num_assistant_tokens_schedule": "constant",
@@ -78,10 +83,12 @@ class HuggingFaceMode:
     ) -> None:
         """`given`: the drafters as given; `defaults`: draft options where they do not say."""
         method = METHODS[name]
-        settings = None if method.counterpart is None else _settings(method.counterpart, target, given, defaults)
+        settings, drafter = (
+            (None, None) if method.counterpart is None else _counterpart(method.counterpart, target, given, defaults)
+        )
         self.name, self.target, self.seed = name, target, sampling.seed
         self.stop_ids = frozenset(stop_ids)
-        self.call = method.call(settings)
+        self.call = method.call(settings, drafter)
         self.config = GenerationConfig(**_law(sampling), **_ends(target, stop_ids), **method.config(settings))
 
     def begin(self) -> None:
@@ -142,12 +149,13 @@ class Clock(BaseStreamer):
         """Nothing is held back."""
 
 
-def _settings(counterpart: str, target: Target, given: Sequence[str], defaults: dict[str, Any]) -> Any:
-    """The config of the first drafter of that name that was given, else of a default one."""
-    text = next((text for text in given if parse(text)[0].name == counterpart), counterpart)
+def _counterpart(
+    name: str, target: Target, given: Sequence[str], defaults: dict[str, Any]
+) -> tuple[DrafterConfig, Drafter]:
+    """The first drafter of that name that was given, else a default one, with its config. UserError for what does not fit the target."""
+    text = next((text for text in given if parse(text)[0].name == name), name)
     spec, path, config = configured(text, **defaults)
-    spec.build(config, target, path)  # refuses what does not fit the target
-    return config
+    return config, spec.build(config, target, path)
 
 
 def _stats(passes: list[int], length: int) -> Stats:

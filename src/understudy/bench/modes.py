@@ -7,16 +7,11 @@ moments only. Garbage collection waits until the turn is over.
 
 from __future__ import annotations
 
-import gc
-import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
-
+from understudy.analysis.clock import now, undisturbed
 from understudy.core.records import Cycle
 from understudy.decoding.engine import decode
 from understudy.decoding.listeners import Listener
@@ -130,25 +125,3 @@ class EngineMode:
 
 def _noted(cycle: Cycle) -> Draft:
     return Draft(cycle.drafted, cycle.accepted, list(cycle.committed))
-
-
-def now(device: torch.device) -> float:
-    """The time, once everything queued on `device` is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-    return time.perf_counter()
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """No autograd, and no garbage collection in the middle of a measurement."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        if enabled:
-            gc.enable()

@@ -23,6 +23,7 @@ COMMANDS = {  # name -> (module, one line of help)
     "demo": ("understudy.cli.demo", "Decode real text with every built-in drafter and compare."),
     "generate": ("understudy.cli.generate", "Continue a prompt, a file of prompts, or a conversation."),
     "bench": ("understudy.cli.bench", "Compare drafters: speed, acceptance, identical output."),
+    "layers": ("understudy.cli.layers", "Measure which layers to tap and where to exit."),
     "train": ("understudy.cli.train", "Train a drafter: eagle3, dflash, kangaroo, dvi, dvi-rl."),
     "experiment": ("understudy.cli.experiment", "Train and evaluate in one go: dvi-rl."),
     "ablate": ("understudy.cli.ablate", "Run a grid of runs and compare their curves."),

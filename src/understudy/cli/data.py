@@ -10,6 +10,7 @@ import click
 
 from understudy.cli import SETTINGS
 from understudy.cli.data_capture import capture_command
+from understudy.cli.data_regenerate import regenerate_command
 from understudy.cli.options import config_command
 from understudy.core.config import Config, option
 from understudy.core.errors import UserError
@@ -86,3 +87,4 @@ def _cut(text: str) -> str:
 command.add_command(stdlib)
 command.add_command(peek)
 command.add_command(capture_command)
+command.add_command(regenerate_command)

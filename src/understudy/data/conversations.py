@@ -62,6 +62,14 @@ class Malformed(Exception):
     """Why a line is no conversation. Whoever reads the file adds where."""
 
 
+class Rejected(Exception):
+    """A row that cannot be trained on. `reason` is one of few, to be counted; `detail` is of this row."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+
 def read(path: str | Path, skipped: Skipped | None = None) -> Iterator[Conversation]:
     """Yield the conversations of a JSON Lines file, streamed.
 

@@ -1,10 +1,10 @@
 """Rows to token ids and a loss mask, exactly: which tokens the assistant wrote, found by rendering and never by searching text.
 
-The model's own chat template renders the conversation up to each answer with the generation prompt (P), up to and including
-that answer (F), and whole (W). The answer is what F adds to P, if P is a prefix of F and F, up to the answer's end, one of W,
-token by token. Where a template edits history (thinking stripped from earlier turns, text trimmed, another end token for the
-last turn) or a token reaches across the boundary, that answer is not supervised and the reason is counted: the tokens of
-W would not be the ones that the model writes when it is served.
+A row that holds ids already (`data.tokens`) is taken as it is. For others the model's own chat template renders the conversation up
+to each answer with the generation prompt (P), up to and including that answer (F), and whole (W). The answer is what F adds to P, if P
+is a prefix of F and F, up to the answer's end, one of W, token by token. Where a template edits history (thinking stripped from
+earlier turns, text trimmed, another end token for the last turn) or a token reaches across the boundary, that answer is not
+supervised and the reason is counted: the tokens of W would not be the ones that the model writes when it is served.
 
 What of an answer is supervised: its tokens **and the stop token behind it**, because serving asks for that prediction; not what
 the template writes after the stop token (usually a line break), because generation has ended there. A template that has
@@ -25,6 +25,8 @@ from typing import Any
 
 from understudy.core.errors import UserError
 from understudy.data.conversations import Conversation, Message
+from understudy.data.conversations import Rejected as Rejected  # whoever encodes wants it
+from understudy.data.tokens import TokenReader, TokenRow
 
 NO_ANSWER = "no assistant answer"
 REFUSED = "the chat template refuses it"
@@ -49,21 +51,13 @@ class Encoded:
     left_out: tuple[str, ...] = ()  # answers that are in `ids` but not supervised: the reason of each
 
 
-class Rejected(Exception):
-    """A row that cannot be trained on. `reason` is one of few, to be counted; `detail` is of this row."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason, self.detail = reason, detail
-
-
-def encode(tokenizer: Any, row: Conversation | str, **options: Any) -> Encoded:
+def encode(tokenizer: Any, row: Conversation | TokenRow | str, **options: Any) -> Encoded:
     """One row by an `Encoder` made for it. Whoever has many rows keeps the encoder."""
     return Encoder(tokenizer, **options)(row)
 
 
 class Encoder:
-    """Conversations, or with `preformatted` rendered texts, to `Encoded`.
+    """Conversations and rows of ids, or with `preformatted` rendered texts, to `Encoded`.
 
     `max_length` cuts a document at its end (tokens). `last_turn_only` supervises the last answer alone. A tokenizer whose chat
     template cannot be used raises UserError here, a row that cannot be used raises `Rejected` when it is encoded.
@@ -84,6 +78,7 @@ class Encoder:
                 " model, or put the template into the model's folder as chat_template.jinja"
             )
         self.tokenizer, self.max_length = tokenizer, max_length
+        self.token_reader = TokenReader(tokenizer)
         self.last_turn_only, self.preformatted = last_turn_only, preformatted
         self.template_hash = hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest()[:16]
         # mapping characters to tokens, which the marks need, only Rust tokenizers can do
@@ -92,9 +87,14 @@ class Encoder:
         self._learn_closing(stop_ids)
         self.opening = self._learn_opening() if preformatted else []
 
-    def __call__(self, row: Conversation | str) -> Encoded:
-        """Ids and mask of a row: a text with `preformatted`, else a conversation. Raises `Rejected`."""
-        if isinstance(row, str):
+    def __call__(self, row: Conversation | TokenRow | str) -> Encoded:
+        """Ids and mask of a row: a text with `preformatted`, else a conversation or ids. Raises `Rejected`.
+
+        UserError for ids that another tokenizer made: they spell another text.
+        """
+        if isinstance(row, TokenRow):
+            ids, spans, left_out = row.ids, self.token_reader(row), EVERY_ONE
+        elif isinstance(row, str):
             assert self.preformatted
             ids = self._tokenize([row])[0]
             spans, left_out = self._scan(ids), EVERY_ONE

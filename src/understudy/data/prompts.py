@@ -49,8 +49,8 @@ def load_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
     return prompts
 
 
-def render(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """Token ids of `messages`, ready for the answer.
+def render(tokenizer: Any, messages: Sequence[Message], **variables: Any) -> list[int]:
+    """Token ids of `messages`, ready for the answer. `variables` are handed to the chat template, which may read them.
 
     A chat template writes every special token itself, BOS included, so the tokenizer adds none to what it renders. A
     tokenizer without a chat template gets the plain text of all messages, a line each, and adds its own special tokens.
@@ -58,18 +58,18 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     if tokenizer.chat_template is None:
         ids = tokenizer("\n".join(message.content for message in messages))["input_ids"]
     else:
-        ids = _from_template(tokenizer, messages)
+        ids = _from_template(tokenizer, messages, variables)
     if not ids:
         raise UserError("the prompt is empty: it renders to no tokens")
     return list(ids)
 
 
-def _from_template(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+def _from_template(tokenizer: Any, messages: Sequence[Message], variables: dict[str, Any]) -> list[int]:
     import jinja2
 
     try:
         return tokenizer.apply_chat_template(
-            [message.as_dict() for message in messages], add_generation_prompt=True, return_dict=True
+            [message.as_dict() for message in messages], add_generation_prompt=True, return_dict=True, **variables
         )["input_ids"]
     except jinja2.TemplateError as error:  # a template may insist on alternating roles, or on no system message
         raise UserError(f"the model's chat template refuses this conversation: {error}") from None

@@ -33,7 +33,8 @@ from understudy.data.encode import (
     Encoder,
     Rejected,
 )
-from understudy.data.stream import NO_TEXT, ONLY_TEXT, Corpus
+from understudy.data.stream import HAS_IDS, NO_TEXT, ONLY_TEXT, Corpus
+from understudy.data.tokens import TokenRow
 
 SHOWN = 5  # places that are named per reason
 WINDOW = 300  # tokens of the sample that are shown
@@ -43,6 +44,7 @@ OPEN, CLOSE = "⟦", "⟧"
 ADVICE = {
     NO_ANSWER: "rows need answers; `understudy data peek FILE` shows what is read",
     NO_TEXT: 'leave --is-preformatted out, or give rows as {"text": ...}',
+    HAS_IDS: "leave --is-preformatted out",
     ONLY_TEXT: "add --is-preformatted",
     NOT_FOUND: "the text has to be rendered by this model's own chat template, with its generation prompt before each answer",
     CUT: "raise --max-length",
@@ -68,6 +70,8 @@ class DataReport:
         default_factory=dict
     )  # reason -> the first few, FILE:LINE and what is wrong there
     left_out: Counter[str] = field(default_factory=Counter)  # reason -> answers of kept rows that are not supervised
+    written_by: Counter[str] = field(default_factory=Counter)  # rows with token ids, by the target that wrote them
+    other_template: int = 0  # of these, rendered by another chat template than the model's
     tokens: int = 0
     supervised: int = 0
     truncated: int = 0  # documents that lost their end
@@ -113,6 +117,8 @@ class DataReport:
             "rejected": dict(self.rejected),
             "rejected_first": self.where,
             "answers_left_out": dict(self.left_out),
+            "written_by": dict(self.written_by),
+            "other_template": self.other_template,
             "tokens": self.tokens,
             "supervised": self.supervised,
             "supervised_fraction": self.supervised_fraction,
@@ -139,6 +145,9 @@ class DataReport:
                 for reason, n in self.rejected.most_common()
             ),
             *((f"answers left out {n:,}", reason) for reason, n in self.left_out.most_common()),
+            *((f"token ids in {n:,} rows", f"written by {who}") for who, n in self.written_by.most_common()),
+            *([("WARNING", f"{self.other_template:,} rows with token ids were rendered by another chat template than this model's, which"
+              " serving will not use")] if self.other_template else []),
             ("tokens", f"{self.tokens:,}, supervised {self.supervised:,} ({self.supervised_fraction:.1%})"),
             (
                 "lengths",
@@ -204,6 +213,9 @@ def inspect(
         if document is None:
             continue
         _count(report, document)
+        if isinstance(row, TokenRow):
+            report.written_by[row.author] += 1
+            report.other_template += row.made.get("template") not in (None, encoder.template_hash)
         if not report.sample:
             report.sample = list(_pieces(tokenizer, document))
     return report

@@ -26,9 +26,11 @@ from understudy.data.conversations import Conversation, Malformed, checked_text,
 from understudy.data.encode import Encoded, Encoder, Rejected
 from understudy.data.options import DataOptions
 from understudy.data.packing import OPEN_ROWS, Packed, Packer, collate
+from understudy.data.tokens import TokenRow, has_tokens, parse_tokens
 
 MALFORMED = "malformed line"
 NO_TEXT = "no `text` in the row, which --is-preformatted reads"
+HAS_IDS = "the row holds token ids, which --is-preformatted does not read"
 ONLY_TEXT = "the row has `text` only, which --is-preformatted reads"
 FORMS = ("conversations", "messages", "turns", "prompt")
 CHUNK = 1 << 20  # bytes read at once to find line ends
@@ -37,10 +39,13 @@ Document = tuple[int, Encoded | None]  # line, and its tokens unless they are to
 
 
 class Corpus:
-    """The lines of JSON Lines files by number, over all files. With `preformatted` a line is `{"text": ...}`."""
+    """The lines of JSON Lines files by number, over all files. With `preformatted` a line is `{"text": ...}`.
 
-    def __init__(self, paths: Sequence[str | Path], preformatted: bool = False) -> None:
-        self.paths, self.preformatted = [Path(path) for path in paths], preformatted
+    With `ids` rows that hold token ids are given as such; without, as the conversations that they are, too.
+    """
+
+    def __init__(self, paths: Sequence[str | Path], preformatted: bool = False, ids: bool = False) -> None:
+        self.paths, self.preformatted, self.ids = [Path(path) for path in paths], preformatted, ids
         self._starts = [
             _line_starts(path) for path in self.paths
         ]  # per file: where each line begins, and the file's size
@@ -56,8 +61,8 @@ class Corpus:
         file, number = self._place(line)
         return f"{self.paths[file]}:{number + 1}"
 
-    def row(self, line: int) -> Conversation | str | None:
-        """What a line holds: a conversation, with `preformatted` a text; None if it is blank. Raises `Rejected`."""
+    def row(self, line: int) -> Conversation | TokenRow | str | None:
+        """What a line holds: a conversation or ids, with `preformatted` a text; None if it is blank. Raises `Rejected`."""
         file, number = self._place(line)
         start, end = map(int, self._starts[file][number : number + 2])
         try:
@@ -72,7 +77,11 @@ class Corpus:
             return None
         try:
             row = parse_row(raw)
+            if self.ids and has_tokens(row):
+                return parse_tokens(row)
             if self.preformatted and "text" not in row:
+                if has_tokens(row):
+                    raise Rejected(HAS_IDS)
                 raise Rejected(NO_TEXT)
             if self.preformatted:
                 return checked_text(row["text"], "text")
@@ -290,7 +299,7 @@ def open_stream(
         stop_ids=stop_ids,
     )
     return Stream(
-        Corpus(paths, options.is_preformatted),
+        Corpus(paths, options.is_preformatted, ids=not options.is_preformatted),
         encoder,
         batch_size=batch_size,
         pad_id=tokenizer.pad_token_id or 0,  # any id will do: no document sees it, nothing predicts it

@@ -64,7 +64,7 @@ class Predictions:
     pred_conf: Tensor  # [P, N] the drafter's probability of `predicted`
     target_conf: Tensor  # [P, N] the drafter's probability of `target`; 0 if it cannot say that token
     asked: Tensor  # [P, N] bool: decoding would ask for it, because the answer goes on that far
-    hidden: Tensor  # [N, D] the drafter's state at the first position, before its final norm
+    hidden: Tensor  # [N, D] the drafter's last state at the first position
 
 
 TokenCounts = Callable[

@@ -13,6 +13,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from understudy.core.errors import UserError
 from understudy.core.records import Budget, Commit, Needs, Proposal
 from understudy.drafting.learning import LearnOptions
 
@@ -76,6 +77,12 @@ class Drafter(nn.Module):
 
     def session(self, view: View) -> DraftSession:
         raise NotImplementedError
+
+    def assistant(self) -> nn.Module:
+        """What transformers' `generate` takes as `assistant_model`, with these very weights. UserError where it takes no such drafter."""
+        raise UserError(
+            "transformers' own generation takes no such drafter: give it custom_generate=custom_generate(drafter)"
+        )
 
     # Drafters with `learning` put a `Trace` into every proposal and implement these
 

@@ -46,8 +46,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def llama_config(values: Mapping[str, Any], folder: Path) -> Any:
     """`values` as a `LlamaConfig`. UserError if transformers refuses them."""
+    return checked_config(LlamaConfig, values, folder)
+
+
+def checked_config(kind: Callable[..., Any], values: Mapping[str, Any], folder: Path) -> Any:
+    """`values` as a configuration of transformers' class `kind`. UserError if that refuses them."""
     try:
-        return LlamaConfig(**values)
+        return kind(**values)
     except (StrictDataclassError, ValueError, TypeError, KeyError, ArithmeticError) as error:
         raise UserError(f"{folder / 'config.json'} is refused: {' '.join(str(error).split())[:200]}") from None
 
@@ -147,17 +152,22 @@ def _indexed(folder: Path, index: Path) -> dict[str, Tensor]:
 
 
 def _file(path: Path) -> dict[str, Tensor]:
+    loaded = read_tensors(path)
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise UserError(f"{path} holds no weights by name")
+    return loaded
+
+
+def read_tensors(path: Path) -> Any:
+    """What a file of tensors holds, on the CPU: safetensors, or torch's, of plain data only. UserError if it is damaged."""
     try:
         with path.open("rb") as file:
             if file.read(len(POINTER)) == POINTER:
                 raise UserError(f"{path} is a pointer of Git LFS, not the weights: run `git lfs pull` there")
         if path.suffix == ".safetensors":
             return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"cannot read the weights in {path}: it is damaged, or more than plain tensors") from None
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read the weights in {path}: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise UserError(f"{path} holds no weights by name")
-    return loaded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -21,7 +22,8 @@ from understudy.data.report import DataReport, inspect
 from understudy.data.stream import Stream, open_stream
 from understudy.drafting.objective import Batch
 from understudy.features.live import LiveFeatures
-from understudy.features.store import StoredBatches, StoredFeatures
+from understudy.features.store import MANIFEST, StoredBatches, StoredFeatures
+from understudy.target.fingerprint import fingerprint
 from understudy.target.target import Target
 from understudy.training.distributed import Ranks
 from understudy.training.options import TrainOptions
@@ -29,6 +31,7 @@ from understudy.training.protocols import Batches, FeatureSource, HeldOut
 
 REPORT_ROWS = 2000  # rows that the report at the start looks at
 FIXED_BY_FEATURES = {"train_data_path", "max_length", "is_preformatted", "last_turn_only", "pack", "batch_size"}
+HASH = re.compile("[0-9a-f]{16}")  # a target's fingerprint
 VOCABULARIES = (1024, 2048, 8192, 32768)  # draft vocabularies whose coverage it tells
 
 
@@ -38,6 +41,11 @@ class OfflineOptions(DataOptions, TrainOptions):
     init_from: Path | None = option(None, "start from the weights of this checkpoint or run")
     features: Path | None = option(
         None, "folder of `understudy data capture`: its batches and hidden states are trained on"
+    )
+    data_dir: Path | None = option(
+        None,
+        "a folder to train on, by what it holds: rows of `understudy data regenerate`, as --train-data-path, or what `understudy data"
+        " capture` wrote, as --features",
     )
     overfit: int = option(
         0,
@@ -59,6 +67,19 @@ class OfflineOptions(DataOptions, TrainOptions):
     eval_num_prompts: int = option(16, "prompts that acceptance is measured on", ge=1)
     eval_max_new_tokens: int = option(64, "new tokens per prompt while acceptance is measured", ge=2)
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _one_source(cls, values: Any) -> Any:
+        """What --data-dir means; in the settings of a run both names stand, and say the same."""
+        folder = values.get("data_dir") if isinstance(values, dict) else None
+        if not folder:
+            return values
+        name = "features" if (Path(folder) / MANIFEST).exists() else "train_data_path"
+        given = {key: values.get(key) for key in ("features", "train_data_path") if values.get(key)}
+        if any(key != name or not _same_place(value, folder) for key, value in given.items()):
+            raise ValueError("--data-dir, --train-data-path and --features name data in three ways; give one")
+        return {**values, name: folder}
+
     @pydantic.model_validator(mode="after")
     def _overfit_measures(self) -> Self:
         if self.overfit and self.features is not None:
@@ -68,6 +89,18 @@ class OfflineOptions(DataOptions, TrainOptions):
         if self.overfit and not self.eval_interval:
             raise ValueError("--overfit tells what is measured, and --eval-interval 0 measures nothing")
         return self
+
+
+def _same_place(value: Any, folder: Any) -> bool:
+    several = value if isinstance(value, list | tuple) else [value]
+    return [Path(path) for path in several] == [Path(folder)]
+
+
+def trimmed(batch: Batch) -> Batch:
+    """A batch without the rows and columns at its end that are nothing but padding; one row and column stay at least."""
+    real = batch.documents >= 0
+    rows, columns = (1 + int(where.max()) if len(where) else 1 for where in real.nonzero().T)
+    return Batch(*(x[:rows, :columns] for x in (batch.ids, batch.mask, batch.documents, batch.positions)))
 
 
 class StreamBatches:
@@ -80,7 +113,7 @@ class StreamBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         for packed in self.stream:
-            yield Batch(*packed.tensors())
+            yield trimmed(Batch(*packed.tensors()))
 
     def state_dict(self) -> dict[str, Any]:
         return self.stream.state()
@@ -183,10 +216,21 @@ class FileData(TrainingData):
         report = self._inspect(max([REPORT_ROWS, *self._reports]))  # what was looked at for a vocabulary is told
         if console is not None:
             console.print(report)
+            self._warn_of(report, console)
         report.check()
         share = len(self.stream.corpus) / max(report.rows, 1) if report.sampled else 1.0
         rows = report.packed_rows(config.max_length) if config.pack else report.documents * share
         return report.as_dict(), max(1, round(rows / (config.batch_size * self.ranks.world)))
+
+    def _warn_of(self, report: DataReport, console: Console) -> None:
+        """Rows that another target wrote teach what this one does not say. Rows of a server name no weights."""
+        here = fingerprint(self.target)
+        if others := [by for by in report.written_by if HASH.fullmatch(by) and by != here]:
+            console.print(
+                f"WARNING: {sum(report.written_by[by] for by in others):,} of the rows looked at were written by another target:"
+                " regenerate them with this one",
+                soft_wrap=True,
+            )
 
     def _inspect(self, rows: int) -> DataReport:
         """A report on `rows` rows of the data, or all that there are. Kept, because encoding is what takes time."""

@@ -33,6 +33,7 @@ class BlockAttention(nn.Module):
 
     def __init__(self, config: Any, index: int, window: int | None, causal: bool) -> None:
         super().__init__()
+        assert causal or window is None, "engines differ in windows that look both ways: files with them are refused"
         width, bias, self.size = config.hidden_size, config.attention_bias, config.head_dim
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.q_proj = nn.Linear(width, self.heads * self.size, bias=bias)

@@ -18,7 +18,8 @@ class DFlashConfig(DrafterConfig):
     )
     threshold: float = option(
         0.0,
-        "with a confidence head: only drafts are verified that are at least this likely to be accepted with all before; 0 = all",
+        "with a confidence head: of the drafts after the first, only those are verified that are at least this likely to be accepted with"
+        " all before; 0 = all",
         ge=0,
         le=1,
     )

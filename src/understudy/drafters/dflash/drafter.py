@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from understudy.core.errors import UserError
 from understudy.core.records import Budget, Commit, Needs, Proposal
@@ -43,6 +43,11 @@ class DFlashDrafter(Drafter):
 
     def session(self, view: View) -> DraftSession:
         return DFlashSession(view, self)
+
+    def assistant(self) -> nn.Module:
+        from understudy.drafters.dflash.assistant import DFlashAssistant
+
+        return DFlashAssistant(self)
 
 
 class DFlashSession:

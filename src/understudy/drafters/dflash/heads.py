@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class MarkovHead(nn.Module):
@@ -42,5 +43,5 @@ class ConfidenceHead(nn.Module):
     def forward(self, states: Tensor, embedded: Tensor) -> Tensor:
         """States [.., H] and embeddings of the tokens before [.., r] -> logits [..] of being accepted."""
         x = torch.cat([states, embedded], -1) if self.rank else states
-        weight, bias = self.proj.weight.float(), self.proj.bias.float()
-        return torch.nn.functional.linear(x.float(), weight, bias)[..., 0]
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.proj.weight.float(), self.proj.bias.float())[..., 0]

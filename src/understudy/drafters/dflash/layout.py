@@ -51,8 +51,7 @@ def mask_token(target: Target, asked: int | None) -> int | None:
     In order: what was asked for; the tokenizer's mask token; the first row beyond the tokenizer's tokens; a token that is called
     reserved or unused. Never padding or a stop token, which texts hold and whose embedding means something else.
     """
-    tokenizer, rows = target.tokenizer, target.embed_tokens.weight.shape[0]
-    taken = {*target.eos_ids, getattr(target.config, "pad_token_id", None), getattr(tokenizer, "pad_token_id", None)}
+    tokenizer, rows, taken = target.tokenizer, target.embed_tokens.weight.shape[0], unfit_masks(target)
     if asked is not None:
         if asked >= rows:
             raise UserError(f"--mask-token-id {asked}: the target's embedding has {rows} rows")
@@ -67,6 +66,22 @@ def mask_token(target: Target, asked: int | None) -> int | None:
     spare = sorted(i for name, i in names.items() if "reserved" in name.lower() or name.lower().startswith("<unused"))
     candidates = [own, beyond, *spare]
     return next((i for i in candidates if i is not None and i < rows and i not in taken), None)
+
+
+def unfit_masks(target: Target) -> set[int]:
+    """Padding and stop tokens: texts hold them, so their embeddings mean something else than a mask."""
+    pads = (getattr(target.config, "pad_token_id", None), getattr(target.tokenizer, "pad_token_id", None))
+    return {*target.eos_ids, *(pad for pad in pads if isinstance(pad, int) and pad >= 0)}
+
+
+def borrowed_mask(target: Target) -> int:
+    """The token id of a mask whose embedding is the drafter's own: a row that exists, because engines look it up before they replace it.
+
+    vLLM replaces it at the head of a block, too, so it is a token after which no block begins: a stop token, or else padding.
+    """
+    rows = target.embed_tokens.weight.shape[0]
+    fitting = [*sorted(target.eos_ids), *sorted(unfit_masks(target)), rows - 1]
+    return next(token for token in fitting if token < rows)
 
 
 def new_layout(target: Target, config: DFlashObjectiveConfig) -> Any:
@@ -136,26 +151,34 @@ def drafts_of(layout: Any) -> int:
 
 
 def servable(layout: Any, own_embedding: bool = False, own_mask: bool = False) -> dict[str, str]:
-    """Engine -> "ok", or why it cannot serve a drafter of this shape.
+    """Engine -> "ok", or why it cannot serve a drafter of this shape, or only where.
 
     `own_embedding`: its embeddings are not the target's; `own_mask`: the embedding of its mask token is not a row of the target's.
-    Read from the loaders of vLLM 0.32 and SGLang 0.5.23, and from the DFlash generation of transformers 5.23.
+    Read from the loaders of vLLM 0.32 and SGLang 0.5, and from the DFlash generation of transformers 5.23, where `DFlashAssistant` runs.
+    They load some of what is named here without a word, and then draft noise.
     """
-    mixed = len(set(layout.layer_types)) > 1
-    spark = layout.markov_rank > 0
+    mixed, spark, anchor = len(set(layout.layer_types)) > 1, layout.markov_rank > 0, layout.sample_from_anchor
+    gpu_only = "only its V2 model runner, which CPUs have not, serves"
+    plain_anchor = {"it takes no draft from the first row of a block but with a Markov head": anchor and not spark}
+    activation = {"its draft layers know no activation but silu": layout.hidden_act != "silu"}
+    borrowed = {
+        "it takes embeddings from the target: train without --train-embeddings": own_embedding,
+        "its mask token has to be a row of the target's embedding": own_mask,
+    }
     vllm = {
-        "drafters with some sliding layers need its V2 model runner (VLLM_USE_V2_MODEL_RUNNER=1)": mixed,
-        "a DSpark drafter needs a row of the target's embedding for its mask token": spark and own_mask,
+        f"{gpu_only} sliding beside full layers": mixed,
+        f"{gpu_only} drafters with a Markov head": spark,
+        "with a Markov head, its mask token has to be a row of the embedding": spark and own_mask,
+        **plain_anchor,
+        **activation,
     }
     sglang = {
-        "it takes embeddings from the target: train without --train-embeddings": own_embedding,
-        "its mask token has to be a row of the target's embedding": own_mask,
+        **borrowed,
+        "with a Markov head, it takes a draft from the first row of a block": spark and not anchor,
+        **plain_anchor,
+        **activation,
     }
-    transformers = {
-        "it takes embeddings from the target: train without --train-embeddings": own_embedding,
-        "its mask token has to be a row of the target's embedding": own_mask,
-        "it knows no Markov head": spark,
-    }
+    transformers = {**borrowed, "it knows no Markov head": spark, **plain_anchor}
     return {
         "understudy": "ok",
         "vllm": _verdict(vllm),

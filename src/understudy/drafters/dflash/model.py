@@ -111,7 +111,7 @@ class DFlashModel(nn.Module):
     def _fused_weights(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """Key and value projections of all layers as one matrix, its bias, and the norms of keys [n, 1, d]; made again when they change."""
         attentions = self.attentions
-        parts = [p for a in attentions for p in (a.k_proj.weight, a.v_proj.weight, a.k_norm.weight)]
+        parts = [p for a in attentions for m in (a.k_proj, a.v_proj, a.k_norm) for p in m.parameters()]
         key = [(p.data_ptr(), p._version, p.dtype) for p in parts]
         if self._fused is None or self._fused[0] != key:
             weight = torch.cat([p for a in attentions for p in (a.k_proj.weight, a.v_proj.weight)])
@@ -140,9 +140,14 @@ class DFlashModel(nn.Module):
 
         Its rows go into the cache behind the context, where the next context rows overwrite them.
         """
+        return self.fill(self.embed(token, rows), start, cache)
+
+    def fill(self, x: Tensor, start: int, cache: KVCache) -> Tensor:
+        """The same for the embeddings [1, S, H] of a block."""
+        rows = x.shape[1]
         cache.reserve(start + rows)
         cache.start = start
-        x, rotary = self.embed(token, rows), self.rotary.rows(start, start + rows, self.fc.weight)
+        rotary = self.rotary.rows(start, start + rows, self.fc.weight)
         for layer in self.layers:
             x = cast(DraftLayer, layer).decode(x, rotary, cache)
         out: Tensor = self.norm(x)[0]
@@ -150,13 +155,12 @@ class DFlashModel(nn.Module):
 
     # In training: packed rows
 
-    def blocks(self, taps: Tensor, batch: Batch, anchors: Tensor) -> Tensor:
+    def blocks(self, taps: Tensor, batch: Batch, anchors: Tensor, rows: int) -> Tensor:
         """States [B, N, S, H] of the blocks that begin at the tokens `anchors` [B, N] (indices into rows of the batch), after the norm.
 
-        Taps [B, T, n D]. A block sees the tokens before its anchor in the anchor's document, and its own rows: nothing else.
+        Taps [B, T, n D]; `rows` = S. A block sees the tokens before its anchor in the anchor's document, and its own rows: nothing else.
         """
-        context = self.fuse(taps)
-        rows, device = self.config.block_size, taps.device
+        context, device = self.fuse(taps), taps.device
         x = self.embed(batch.ids.gather(1, anchors), rows).flatten(1, 2)
         positions = batch.positions.gather(1, anchors)[..., None] + torch.arange(rows, device=device)
         rotary = self.rotary(context, positions.flatten(1))

@@ -31,6 +31,7 @@ from understudy.drafting.objective import Batch, Features, Objective, Prediction
 from understudy.drafting.slots import asked
 from understudy.ops.chunks import chunked_sums
 from understudy.ops.position_weights import dpace, exponential
+from understudy.target.fingerprint import weights_hash
 
 LIKELIEST = 64  # tokens of the target's law that kl compares unless it is asked for all
 EVALUATION_SEED = 20240
@@ -57,6 +58,12 @@ class DFlashObjective(Objective):
         self.config = config
         self.needs = Needs(taps=frozenset(drafter.model.taps), last=True)
         drafter.requires_grad_(True)
+        for attention in drafter.model.attentions:
+            # what it could learn the norm of queries learns too, but for a rotary pair's two halves; and vLLM's CPU build norms the
+            # context of all layers by the first layer's: only where all are equal does it draft as every other engine
+            attention.k_norm.requires_grad_(False)
+        frozen = {name: p for name, p in drafter.model.named_parameters() if not p.requires_grad}
+        self._frozen = {name: weights_hash(p) for name, p in frozen.items()}
 
     def _anchors(self, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Anchors [B, N] of each row, in order, and which of them are real [B, N]: random ones of `wanted` [B, T], `--anchors` at most.
@@ -73,14 +80,14 @@ class DFlashObjective(Objective):
         return chosen, wanted.gather(1, chosen)
 
     def _blocks(self, features: Features, anchors: Tensor, real: Tensor, wanted: Tensor) -> Blocks:
-        """The blocks at `anchors` [B, N] that are `real`; `wanted` [K, B, T]."""
-        model, batch = self.drafter.model, features.batch
+        """The blocks of K drafts at `anchors` [B, N] that are `real`; `wanted` [K, B, T]."""
+        model, batch, drafts = self.drafter.model, features.batch, len(wanted)
         assert features.last is not None
         taps = torch.cat([features.taps[tap] for tap in model.taps], -1)
-        states = model.blocks(taps, batch, anchors)[real][:, model.first :]
+        states = model.blocks(taps, batch, anchors, drafts + model.first)[real][:, model.first :]
         row = torch.arange(len(anchors), device=anchors.device)[:, None]
         at = (row * batch.ids.shape[1] + anchors)[real]
-        steps = torch.arange(model.drafts, device=at.device)
+        steps = torch.arange(drafts, device=at.device)
         asks = wanted.flatten(1)[:, at].T
         # what is not asked for may lie outside the batch
         before = torch.where(asks, at[:, None] + steps, 0)
@@ -126,7 +133,9 @@ class DFlashObjective(Objective):
 
     def forward(self, features: Features) -> StepOutput:
         config, batch, model = self.config, features.batch, self.drafter.model
-        wanted = asked(batch, model.drafts)
+        # rows of a block see each other: evaluation has as many as decoding, whatever was trained
+        drafts = model.drafts if self.training else self.drafter.steps
+        wanted = asked(batch, drafts)
         if not wanted[0].any():
             nothing = sum(p.float().sum() for p in self.parameters() if p.requires_grad) * 0.0
             return StepOutput(torch.as_tensor(nothing), wanted[0].sum(), {})
@@ -154,7 +163,7 @@ class DFlashObjective(Objective):
             weight = self._weights((-cross.detach()).exp(), asks)
             total = (loss * weight).sum()
             if sure is not None:
-                # once per draft that is asked for, beside a loss that is a weighted mean: their shares do not depend on the weights
+                # weighted as the loss beside it: what one counts for the other does not depend on the weights
                 doubt = F.binary_cross_entropy_with_logits(sure, overlap, reduction="none")
                 total = total + (doubt * weight).sum()
                 doubt = torch.where(asks, doubt.detach(), 0.0)
@@ -165,7 +174,7 @@ class DFlashObjective(Objective):
             return torch.cat([total[None], weight.sum()[None], *parts])
 
         index = torch.arange(len(found.at), device=found.at.device)
-        chunk = max(1, config.loss_chunk // model.drafts)
+        chunk = max(1, config.loss_chunk // drafts)
         flat = chunked_sums(sums, chunk, index, found.states, found.asked, found.before, found.tokens, found.last)
         total, weight, parts = flat[0], flat[1].detach(), flat[2:].detach().view(3, -1)
         metrics = self._metrics(found, parts, right, batch, taught)
@@ -206,19 +215,19 @@ class DFlashObjective(Objective):
 
         Every slot where decoding could begin a cycle, in order; in groups of as many blocks as training takes.
         """
-        batch, model = features.batch, self.drafter.model
-        wanted = asked(batch, model.drafts)
+        batch, drafts = features.batch, self.drafter.steps
+        wanted = asked(batch, drafts)
         count, parts = int(wanted[0].sum(1).max()), []
         order = (~wanted[0]).to(torch.int8).argsort(dim=1, stable=True)[:, :count]
         for anchors in order.split(self.config.anchors, 1) if count else ():
             found = self._blocks(features, anchors, wanted[0].gather(1, anchors), wanted)
             for piece in torch.arange(len(found.at), device=found.at.device).split(
-                max(1, self.config.loss_chunk // model.drafts)
+                max(1, self.config.loss_chunk // drafts)
             ):
                 parts.append(self._said(found, piece))
         if not parts:
             empty = torch.zeros(0, dtype=torch.int64, device=batch.ids.device)
-            parts = [(empty, *(torch.zeros(0, model.drafts, device=empty.device) for _ in range(5)), empty[:, None])]
+            parts = [(empty, *(torch.zeros(0, drafts, device=empty.device) for _ in range(5)), empty[:, None])]
         at, asks, predicted, target, pred_conf, target_conf, states = (torch.cat(p) for p in zip(*parts, strict=True))
         by_place = at.argsort()
         said = {
@@ -261,7 +270,7 @@ class DFlashObjective(Objective):
         return servable(model.config, model.embed_tokens is not None, model.mask_embedding is not None)
 
     def card(self) -> dict[str, Any]:
-        return {"shape": shape(self.drafter.model)}
+        return {"shape": shape(self.drafter.model), "frozen_weights": self._frozen}
 
     def save(self, folder: Path) -> None:
         write_drafter(self.drafter.model, folder)

@@ -12,7 +12,7 @@ from understudy.core.errors import UserError
 from understudy.drafters.dflash.config import DFlashConfig, DFlashObjectiveConfig
 from understudy.drafters.dflash.drafter import DFlashDrafter
 from understudy.drafters.dflash.files import read_drafter
-from understudy.drafters.dflash.layout import chosen_taps, new_layout, taps_of
+from understudy.drafters.dflash.layout import borrowed_mask, chosen_taps, new_layout, taps_of
 from understudy.drafters.dflash.model import DFlashModel
 from understudy.drafters.dflash.objective import DFlashObjective
 from understudy.drafting.objective import TokenCounts
@@ -39,7 +39,7 @@ def new_model(target: Target, layout: Any, own_embedding: bool = False) -> DFlas
     embedding, head = target.embed_tokens.weight, target.model.get_output_embeddings().weight
     own_mask = layout.mask_token_id is None
     if own_mask:
-        layout.mask_token_id = target.vocab_size  # a row behind the target's: it has none to spare
+        layout.mask_token_id = borrowed_mask(target)
     model = DFlashModel(layout, embedding, head, own_embedding, own_mask)
     for module in model.modules():
         if isinstance(module, nn.Linear):

@@ -18,7 +18,6 @@ from understudy.target.target import Target
 FLAGS = ("fc_norm", "norm_before_fc", "norm_output", "norm_before_residual")
 MOST = 32_000  # tokens of a draft vocabulary, unless more are asked for
 TAPS = "eagle_aux_hidden_state_layer_ids"
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 
 def default_taps(layers: int) -> list[int]:

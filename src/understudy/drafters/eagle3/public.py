@@ -15,12 +15,12 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from transformers.activations import ACT2FN
 
-from understudy.core.errors import UserError
-from understudy.drafters.eagle3.layout import FLAGS, STATIC_ROPE, TAPS
+from understudy.drafters.eagle3.layout import FLAGS, TAPS
+from understudy.drafting.public import refuse, rotary, whole
 from understudy.drafting.weights import llama_config
 
 ARCHITECTURES = (
@@ -76,12 +76,12 @@ def check_tensors(names: Collection[str], folder: Path) -> None:
     """UserError if these tensors, by our names, are those of a variant, or of no drafter."""
     for pattern, variant in SIGNS:
         if found := next((name for name in sorted(names) if re.search(pattern, name)), None):
-            _refuse(folder, f"{variant} (it has {found}): not supported")
+            refuse(folder, f"{variant} (it has {found}): not supported")
     if "fc.weight" not in names:
         some = ", ".join(sorted(names)[:3]) or "nothing"
-        _refuse(folder, f"no EAGLE-3 drafter: it has no fc.weight; it has {some}, ...")
+        refuse(folder, f"no EAGLE-3 drafter: it has no fc.weight; it has {some}, ...")
     if "midlayer.hidden_norm.weight" not in names:
-        _refuse(folder, f"{VARIANTS[3][1]}, or a damaged one (it has no midlayer.hidden_norm): EAGLE-3 is supported")
+        refuse(folder, f"{VARIANTS[3][1]}, or a damaged one (it has no midlayer.hidden_norm): EAGLE-3 is supported")
 
 
 def flat(values: Mapping[str, Any], folder: Path) -> Any:
@@ -92,39 +92,39 @@ def flat(values: Mapping[str, Any], folder: Path) -> Any:
         values = _from_speculators(values, folder)
     nested = values.get("eagle_config", {})
     if not isinstance(nested, dict):
-        _refuse(folder, "eagle_config is no object")
+        refuse(folder, "eagle_config is no object")
     nested = {key: value for key, value in nested.items() if value is not None}
     _check_supported(values, nested, folder)
-    width, heads = _whole(values, "hidden_size", folder), _whole(values, "num_attention_heads", folder)
-    kv_heads = _whole(values, "num_key_value_heads", folder, heads)
-    size = _whole(values, "head_dim", folder, width // heads)
+    width, heads = whole(values, "hidden_size", folder), whole(values, "num_attention_heads", folder)
+    kv_heads = whole(values, "num_key_value_heads", folder, heads)
+    size = whole(values, "head_dim", folder, width // heads)
     if heads % kv_heads or size % 2 or ("head_dim" not in values and width % heads):
-        _refuse(
+        refuse(
             folder, f"{heads} heads, {kv_heads} of keys, in a width of {width} with head_dim {size} do not fit together"
         )
-    vocab = _whole(values, "vocab_size", folder)
+    vocab = whole(values, "vocab_size", folder)
     flags = {flag: _flag(values, nested, flag, folder) for flag in (*FLAGS, "use_aux_norm")}
     flags["fc_norm"] |= flags.pop("use_aux_norm")
     if flags["fc_norm"] and flags["norm_before_fc"]:
-        _refuse(folder, "both fc_norm and norm_before_fc, which engines apply in different orders: not supported")
+        refuse(folder, "both fc_norm and norm_before_fc, which engines apply in different orders: not supported")
     taps = _taps(values, nested, folder)
     if (many := values.get("num_aux_hidden_states")) is not None and taps is not None and many != len(taps):
-        _refuse(folder, f"num_aux_hidden_states is {many}, and {len(taps)} taps are named")
+        refuse(folder, f"num_aux_hidden_states is {many}, and {len(taps)} taps are named")
     return llama_config(
         {
             "hidden_size": width,
-            "target_hidden_size": _whole(values, "target_hidden_size", folder, width),
-            "intermediate_size": _whole(values, "intermediate_size", folder),
+            "target_hidden_size": whole(values, "target_hidden_size", folder, width),
+            "intermediate_size": whole(values, "intermediate_size", folder),
             "num_hidden_layers": 1,
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads,
             "head_dim": size,
             "hidden_act": values.get("hidden_act", "silu"),
             "vocab_size": vocab,
-            "draft_vocab_size": _whole(values, "draft_vocab_size", folder, vocab),
-            "max_position_embeddings": _whole(values, "max_position_embeddings", folder, 2048),
+            "draft_vocab_size": whole(values, "draft_vocab_size", folder, vocab),
+            "max_position_embeddings": whole(values, "max_position_embeddings", folder, 2048),
             "rms_norm_eps": values.get("rms_norm_eps", 1e-6),
-            "rope_parameters": _rope(values, folder),
+            "rope_parameters": rotary(values, folder, default=1e4),
             **{name: _flag(values, {}, name, folder) for name in ("attention_bias", "mlp_bias", "bias")},
             "tie_word_embeddings": False,
             "pad_token_id": None,
@@ -135,10 +135,6 @@ def flat(values: Mapping[str, Any], folder: Path) -> Any:
         },
         folder,
     )
-
-
-def _refuse(folder: Path, what: str) -> NoReturn:
-    raise UserError(f"{folder}: {what}")
 
 
 def _check_kind(values: Mapping[str, Any], folder: Path) -> None:
@@ -155,69 +151,60 @@ def _check_kind(values: Mapping[str, Any], folder: Path) -> None:
     for kind in kinds:
         for pattern, variant in VARIANTS:
             if re.search(pattern, kind):
-                _refuse(folder, f"{variant} ({kind}): not supported")
+                refuse(folder, f"{variant} ({kind}): not supported")
     if "transformer_layer_config" in values:
         if (kind := values.get("speculators_model_type")) != "eagle3":
-            _refuse(folder, f"a speculators checkpoint of type {kind}: eagle3 is supported")
+            refuse(folder, f"a speculators checkpoint of type {kind}: eagle3 is supported")
     elif named and named[0] not in ARCHITECTURES:
-        _refuse(folder, f"{named[0]} is no EAGLE-3 drafter that is supported here ({', '.join(ARCHITECTURES[:3])})")
+        refuse(folder, f"{named[0]} is no EAGLE-3 drafter that is supported here ({', '.join(ARCHITECTURES[:3])})")
 
 
 def _check_supported(values: Mapping[str, Any], nested: Mapping[str, Any], folder: Path) -> None:
     """UserError for what would need other code."""
     if (layers := values.get("num_hidden_layers", 1)) != 1:
-        _refuse(
+        refuse(
             folder,
             f"{layers} layers: a whole model, or a drafter of several layers; EAGLE-3 with one layer is supported",
         )
     for key, plain in PLAIN.items():
         if nested.get(key, plain) != plain:
-            _refuse(folder, f"eagle_config has {key} {nested[key]}: only {plain} is supported")
+            refuse(folder, f"eagle_config has {key} {nested[key]}: only {plain} is supported")
     kinds = values.get("layer_types", [])
     if any(kind != "full_attention" for kind in (kinds if isinstance(kinds, list) else [kinds])):
-        _refuse(folder, "a draft layer with a sliding window is not supported")
+        refuse(folder, "a draft layer with a sliding window is not supported")
     if values.get("tie_word_embeddings"):
-        _refuse(
+        refuse(
             folder,
             "tie_word_embeddings is not supported: an EAGLE-3 drafter has a head of its own (false, if lm_head is there)",
         )
     if values.get("quantization_config") or values.get("compression_config"):
-        _refuse(folder, "a quantised drafter: not supported")
+        refuse(folder, "a quantised drafter: not supported")
     if values.get("logit_scale", 1) != 1:
-        _refuse(folder, f"logit_scale {values['logit_scale']} is not supported")
+        refuse(folder, f"logit_scale {values['logit_scale']} is not supported")
     if values.get("hidden_act", "silu") not in ACT2FN:
-        _refuse(folder, f"activation {values['hidden_act']} is not known")
+        refuse(folder, f"activation {values['hidden_act']} is not known")
 
 
 def _from_speculators(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The flat form of a speculators configuration, whose defaults differ."""
     inner = values["transformer_layer_config"]
     if not isinstance(inner, dict):
-        _refuse(folder, "transformer_layer_config is no object")
+        refuse(folder, "transformer_layer_config is no object")
     if (kind := inner.get("model_type", "llama")) != "llama":
-        _refuse(folder, f"a draft layer of type {kind}; llama is supported")
+        refuse(folder, f"a draft layer of type {kind}; llama is supported")
     kept = {key: values[key] for key in ("draft_vocab_size", "target_hidden_size", TAPS) if key in values}
     flags = {flag: values.get(flag, flag == "norm_before_residual") for flag in FLAGS}
     inner = {key: value for key, value in inner.items() if value is not None}
     return {**inner, "tie_word_embeddings": values.get("tie_word_embeddings", False), **kept, **flags}
 
 
-def _whole(values: Mapping[str, Any], key: str, folder: Path, default: int | None = None) -> int:
-    value = values.get(key, default)
-    if value is None:
-        raise UserError(f"{folder / 'config.json'} is no drafter's configuration: it has no {key}")
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        _refuse(folder, f"{key} is {value!r}, no positive whole number")
-    return value
-
-
 def _flag(values: Mapping[str, Any], nested: Mapping[str, Any], key: str, folder: Path) -> bool:
     """False unless it says otherwise, in one of two places; engines differ in which one they read."""
     found = [place[key] for place in (values, nested) if key in place]
     if not all(isinstance(value, bool) for value in found):
-        _refuse(folder, f"{key} is neither true nor false")
+        refuse(folder, f"{key} is neither true nor false")
     if len(set(found)) > 1:
-        _refuse(folder, f"{key} stands twice, at the top and in eagle_config, and differs")
+        refuse(folder, f"{key} stands twice, at the top and in eagle_config, and differs")
     return True in found
 
 
@@ -226,38 +213,14 @@ def _taps(values: Mapping[str, Any], nested: Mapping[str, Any], folder: Path) ->
     top, low = values.get(TAPS) or None, nested.get(TAPS) or None
     for taps in (top, low):
         if taps is not None and not (isinstance(taps, list) and all(type(tap) is int for tap in taps)):
-            _refuse(folder, f"{TAPS} is no list of layers")
+            refuse(folder, f"{TAPS} is no list of layers")
     shifted = None if low is None else [layer + 1 for layer in low]
     if top is not None and shifted is not None and top != shifted:
-        _refuse(
+        refuse(
             folder,
             f"vLLM would read taps {top} and SGLang {shifted} ({TAPS}, which eagle_config counts from 0 on); make them one",
         )
     taps = top or shifted
     if taps is not None and taps != sorted(set(taps)):
-        _refuse(folder, f"taps {taps}: engines read every tap once, and in the order of the layers")
+        refuse(folder, f"taps {taps}: engines read every tap once, and in the order of the layers")
     return taps
-
-
-def _rope(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Rotary parameters, from `rope_parameters` or `rope_theta` with `rope_scaling`; UserError where those differ."""
-    both = [values[key] for key in ("rope_parameters", "rope_scaling") if values.get(key)]
-    if not all(isinstance(rope, dict) for rope in both):
-        _refuse(folder, "rope_parameters or rope_scaling is no object")
-    kinds = [rope.get("rope_type", rope.get("type", "default")) for rope in both]
-    found = [{k: v for k, v in rope.items() if k not in ("rope_theta", "type", "rope_type")} for rope in both]
-    thetas = [place["rope_theta"] for place in (*both, values) if place.get("rope_theta") is not None] or [1e4]
-    if any(each != every[0] for every in (kinds, found, thetas) for each in every):
-        _refuse(
-            folder,
-            "rope_theta, rope_scaling and rope_parameters contradict each other: engines would read different ones",
-        )
-    kind, rest, theta = [*kinds, "default"][0], [*found, {}][0], thetas[0]
-    if "mrope_section" in rest or kind not in STATIC_ROPE:
-        kind = "mrope" if "mrope_section" in rest else kind
-        _refuse(folder, f"rotary positions of type {kind} are not supported; supported are {', '.join(STATIC_ROPE)}")
-    if rest.pop("partial_rotary_factor", values.get("partial_rotary_factor", 1)) != 1:
-        _refuse(folder, "rotary positions on a part of each head (partial_rotary_factor) are not supported")
-    if wrong := [key for key, value in [("rope_theta", theta), *rest.items()] if not isinstance(value, int | float)]:
-        _refuse(folder, f"{wrong[0]} of its rotary positions is no number")
-    return {"rope_type": kind, "rope_theta": float(theta)} | (rest if kind != "default" else {})

@@ -1,6 +1,7 @@
-"""Proof that EAGLE-3 drafters serve in vLLM as they lie: the same text as vLLM alone, and as many drafts accepted as in our engine.
+"""Proof that drafters serve in vLLM as they lie: the same text as vLLM alone, and as many drafts accepted as in our engine.
 
-    python tests/engines/vllm_eagle3.py --drafter runs/eagle3 --output results.json
+    python tests/engines/vllm_drafters.py --drafter runs/eagle3 --output results.json
+    python tests/engines/vllm_drafters.py --method dflash --drafter runs/dflash --steps 6
 
 Three decodings of the same prompts (held-out ones of the built-in set), greedy, past stop tokens, one text at a time, K drafts:
 vLLM alone, vLLM with the drafter, and our engine with the drafter. In float32 these must hold:
@@ -58,7 +59,6 @@ from understudy.drafting.spec import build
 from understudy.target.target import Target
 
 SERVE, ENVIRONMENT = (Path(__file__).with_name(name) for name in ("serve_vllm.py", "environment.sh"))
-METHOD = "eagle3"
 LAST_WORDS = 4000  # characters of vLLM's log that are shown when it fails
 Passes = tuple[list[list[int]], list[list[Round]]]
 
@@ -81,13 +81,15 @@ def prove(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Everything: the JSON document, with `failures`."""
     if args.output is not None:
         check_writable(args.output)
-    drafters = named(args.drafter or [drafter_path(METHOD)])
+    drafters = named(args.drafter or [drafter_path(args.method)])
     target = load(ModelOptions(model=args.model, dtype=args.dtype, device="cpu"))
     targets = [target]
     if args.dtype != "float32":
         targets.insert(0, load(ModelOptions(model=args.model, dtype="float32", device="cpu")))
     limits = Limits(args.steps, args.tolerance, args.enough, strict=args.dtype == "float32")
     prompts = chosen(target, args)
+    if args.reduced and args.method != "eagle3":
+        raise UserError("--reduced cuts EAGLE-3 drafters only: leave it out")
     if args.reduced:
         drafters |= {
             f"{name}-{args.reduced}": reduced(folder, args.reduced, target, scratch / f"{name}-{args.reduced}")
@@ -105,7 +107,7 @@ def prove(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             prompts,
             plain["outputs"],
             served,
-            decoded(target, folder, prompts, args.steps, args.max_tokens),
+            decoded(target, f"{args.method}:{folder}", prompts, args.steps, args.max_tokens),
         )
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         rows.append({"drafter": name, "vocabulary": config.get("draft_vocab_size") or config["vocab_size"], **row})
@@ -178,7 +180,7 @@ def serve(args: argparse.Namespace, scratch: Path, drafter: Path | None) -> dict
     command = [args.python, SERVE, "--model", model, "--prompts", scratch / "prompts.json", "--output", output]
     command += ["--steps", args.steps, "--max-tokens", args.max_tokens, "--dtype", args.dtype]
     if drafter is not None:
-        command += ["--drafter", drafter.resolve(), "--method", METHOD]
+        command += ["--drafter", drafter.resolve(), "--method", args.method]
     # what this process was started with is of another environment
     inherited = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     with timed(f"vLLM with {drafter.name}" if drafter else "vLLM alone"), log.open("wb") as stream:
@@ -197,11 +199,11 @@ def serve(args: argparse.Namespace, scratch: Path, drafter: Path | None) -> dict
     return document
 
 
-def decoded(target: Target, folder: Path, prompts: Sequence[list[int]], steps: int, length: int) -> Passes:
-    """Our engine: (texts of `length` tokens, the passes that vLLM would have run for each)."""
-    drafter = build(f"{METHOD}:{folder},steps={steps}", target)
+def decoded(target: Target, text: str, prompts: Sequence[list[int]], steps: int, length: int) -> Passes:
+    """Our engine with the drafter that `text` names: (texts of `length` tokens, the passes that vLLM would have run for each)."""
+    drafter = build(f"{text},steps={steps}", target)
     texts, passes = [], []
-    with timed(f"Understudy with {folder.name}"), evaluating(target.model, drafter):
+    with timed(f"Understudy with {text}"), evaluating(target.model, drafter):
         for prompt in prompts:
             # K tokens more, so that every pass that counts has room for K drafts
             params = DecodeParams(max_new_tokens=length + steps)
@@ -222,11 +224,14 @@ def timed(what: str) -> Iterator[None]:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Prove that EAGLE-3 drafters serve in vLLM.")
+    parser = argparse.ArgumentParser(description="Prove that drafters serve in vLLM.")
     parser.add_argument("--python", help="Python of vLLM's environment; default: environment.sh makes one")
     parser.add_argument("--model", default="pocket", help="the built-in target, 'pocket', or a folder")
     parser.add_argument("--drafter", type=Path, action="append", help="folder, repeatable; default: the built-in one")
-    parser.add_argument("--reduced", type=int, default=0, metavar="N", help="serve copies cut to N tokens too")
+    parser.add_argument("--method", choices=["eagle3", "dflash"], default="eagle3", help="what kind of drafters")
+    parser.add_argument(
+        "--reduced", type=int, default=0, metavar="N", help="of eagle3: serve copies cut to N tokens too"
+    )
     parser.add_argument("--prompts", type=Path, default=prompts_path(), help="prompt set; default: the built-in one")
     parser.add_argument("--count", type=int, default=8, help="prompts")
     parser.add_argument("--steps", type=int, default=5, help="drafts per pass, K")

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Which hidden states say most: similarity to the last one, and how well the model would speak from there. Writes a proposal and curves.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+everywhere layers --model "$MODEL" --output-dir "$RUN/layers" --num-samples 32 --plot ${CONVERSATIONS:+--train-data-path "$CONVERSATIONS"} "$@"
+if [ "$DEVICES" -gt 1 ]; then
+  $UNDERSTUDY layers --model "$MODEL" --output-dir "$RUN/layers" --aggregate --plot
+fi
