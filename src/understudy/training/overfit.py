@@ -25,7 +25,8 @@ from understudy.drafting.objective import Batch, Objective
 from understudy.drafting.spec import build
 from understudy.features.live import LiveFeatures
 from understudy.target.target import Target
-from understudy.training.datasets import Fixed, OfflineOptions, TrainingData, fitting_prompts
+from understudy.training.batches import Fixed
+from understudy.training.datasets import OfflineOptions, TrainingData, fitting_prompts
 from understudy.training.distributed import Ranks
 from understudy.training.replay import Decoding, answered
 
