@@ -7,18 +7,20 @@ import pickle
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig
 
+from understudy.assets import drafter_path
+from understudy.core.checkpoints import find_checkpoint
 from understudy.core.errors import UserError
 from understudy.core.files import replacing
-from understudy.target.fingerprint import check_made_for, template_hash
+from understudy.target.fingerprint import check_made_for, fingerprint, template_hash
 from understudy.target.target import Target
 
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
@@ -96,6 +98,70 @@ def write_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write `model.safetensors` atomically."""
     with replacing(folder / SAFE) as path:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def fill(model: nn.Module, weights: Mapping[str, Tensor], folder: Path, kind: str, taps: int) -> None:
+    """Put `weights` into `model`, all of them and nothing else, in its own dtypes. UserError for what is lost, unknown, or damaged.
+
+    `kind`: what the model is, "an EAGLE-3 drafter"; `taps`: how many its `fc` reads.
+    """
+    wanted = model.state_dict()
+    if missing := sorted(set(wanted) - set(weights)):
+        raise UserError(f"{folder}: the drafter lacks {missing[0]}; it has {', '.join(sorted(weights)[:3])}, ...")
+    if unknown := sorted(set(weights) - set(wanted)):
+        raise UserError(
+            f"{folder}: {unknown[0]} is no weight of {kind} with these flags; refused, because it would be left out"
+        )
+    for name, tensor in weights.items():
+        if tensor.shape != wanted[name].shape:
+            what = f" of {taps} taps" if name == "fc.weight" else ""
+            raise UserError(f"{folder}: {name} is {list(tensor.shape)}, expected {list(wanted[name].shape)}{what}")
+        if wanted[name].is_floating_point() and not tensor.is_floating_point():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{folder}: {name} is of {dtype}: a quantised drafter is not supported")
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            raise UserError(f"{folder}: {name} has values that are not finite; the checkpoint is damaged")
+    model.load_state_dict({name: tensor.to(wanted[name].dtype) for name, tensor in weights.items()})
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@torch.no_grad()
+def check_written(
+    model: M, again: M, weights: Mapping[str, Tensor], folder: Path, trial: Callable[[M], Tensor], same: bool
+) -> None:
+    """UserError unless what was written is `model`: its tensors as read back (`weights`), and what the model `again` made of them says.
+
+    `trial` gives what a model says of some fixed input; `same`: whether both have one shape.
+    """
+    for name, tensor in model.state_dict().items():
+        if name not in weights or not torch.equal(weights[name], tensor.cpu()):
+            raise UserError(
+                f"{folder}: {name} reads back as something else than was written; the checkpoint is not good"
+            )
+    parameter = next(model.parameters())
+    again.to(parameter.device, parameter.dtype)
+    expected, got = trial(model), trial(again)
+    apart = float((got - expected).abs().max()) / max(float(expected.abs().max()), 1e-9)
+    if not same or apart > 8 * torch.finfo(parameter.dtype).eps:
+        raise UserError(
+            f"{folder}: what was written drafts otherwise than the drafter in memory; the checkpoint is not good"
+        )
+
+
+def drafter_folder(name: str, path: str | None, target: Target, any_target: bool) -> Path:
+    """Where the weights of drafter `name` for `target` are: in `path`, or those of the built-in model. UserError if they are another's."""
+    if path is not None:
+        folder = find_checkpoint(path)
+        check_trained_for(folder, target, f"the drafter in {folder}", any_target)
+        return folder
+    folder = drafter_path(name)
+    if not (folder / "config.json").exists() or (not any_target and made_for(folder) != fingerprint(target)):
+        raise UserError(
+            f"drafter {name} has no weights for {target.name}: give a checkpoint, {name}:DIR; `understudy train {name}` makes one"
+        )
+    return folder
 
 
 def made_for(folder: Path) -> str | None:

@@ -4,31 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from understudy.assets import drafter_path
-from understudy.core.checkpoints import find_checkpoint
-from understudy.core.errors import UserError
 from understudy.drafters.dflash.config import DFlashConfig, DFlashObjectiveConfig
 from understudy.drafters.dflash.drafter import DFlashDrafter
 from understudy.drafters.dflash.files import read_drafter
 from understudy.drafters.dflash.start import train_dflash
 from understudy.drafting.protocols import Drafter
 from understudy.drafting.spec import Spec
-from understudy.drafting.weights import check_trained_for, made_for
-from understudy.target.fingerprint import fingerprint
+from understudy.drafting.weights import drafter_folder
 from understudy.target.target import Target
 
 
 def build(config: DFlashConfig, target: Target, path: str | None) -> DFlashDrafter:
     """The drafter in `path`; without one, that of the built-in model, for which it was trained."""
-    if path is not None:
-        folder = find_checkpoint(path)
-        check_trained_for(folder, target, f"the drafter in {folder}", config.any_target)
-    else:
-        folder = drafter_path("dflash")
-        if not config.any_target and made_for(folder) != fingerprint(target):
-            raise UserError(
-                f"drafter dflash has no weights for {target.name}: give a checkpoint, dflash:DIR; `understudy train dflash` makes one"
-            )
+    folder = drafter_folder("dflash", path, target, config.any_target)
     model = read_drafter(folder, target)
     return DFlashDrafter(target, model.to(target.dtype).requires_grad_(False).eval(), config)
 

@@ -20,7 +20,15 @@ from understudy.drafters.dflash.layout import causal, taps_of, unfit_masks
 from understudy.drafters.dflash.model import DFlashModel
 from understudy.drafters.dflash.public import PLAIN, SPARK, check_tensors, flat, public_name
 from understudy.drafting.objective import Batch
-from understudy.drafting.weights import read_config, read_tensors, read_weights, renamed, write_weights
+from understudy.drafting.weights import (
+    check_written,
+    fill,
+    read_config,
+    read_tensors,
+    read_weights,
+    renamed,
+    write_weights,
+)
 from understudy.target.target import Target
 
 WRITTEN = (
@@ -174,45 +182,16 @@ def _model(layout: Any, weights: dict[str, Tensor], embedding: Tensor, head: Ten
         layout.confidence_head_with_markov = proj is not None and proj.shape[-1] != layout.hidden_size
     with torch.random.fork_rng(devices=[]):  # saving may not change what training draws next
         model = DFlashModel(layout, embedding, head, "embed_tokens.weight" in weights, "mask_embedding" in weights)
-    wanted = model.state_dict()
-    if missing := sorted(set(wanted) - set(weights)):
-        raise UserError(f"{folder}: the drafter lacks {missing[0]}; it has {', '.join(sorted(weights)[:3])}, ...")
-    if unknown := sorted(set(weights) - set(wanted)):
-        raise UserError(
-            f"{folder}: {unknown[0]} is no weight of a DFlash drafter with these flags; refused, because it would be left out"
-        )
-    for name, tensor in weights.items():
-        if tensor.shape != wanted[name].shape:
-            what = f" of {len(model.taps)} taps" if name == "fc.weight" else ""
-            raise UserError(f"{folder}: {name} is {list(tensor.shape)}, expected {list(wanted[name].shape)}{what}")
-        if not tensor.is_floating_point():
-            raise UserError(
-                f"{folder}: {name} is of {str(tensor.dtype).removeprefix('torch.')}: a quantised drafter is not supported"
-            )
-        if not torch.isfinite(tensor.float()).all():
-            raise UserError(f"{folder}: {name} has values that are not finite; the checkpoint is damaged")
-    model.load_state_dict({name: tensor.to(wanted[name].dtype) for name, tensor in weights.items()})
+    fill(model, weights, folder, "a DFlash drafter", len(model.taps))
     return model
 
 
-@torch.no_grad()
 def _check_written(model: DFlashModel, folder: Path) -> None:
     """Read what was written: all tensors, the shape, and what one block says have to be those of `model`."""
     layout = flat(read_config(folder), folder)
     weights = _tensors(folder, layout)
     again = _model(layout, weights, model._shared[0], model._shared[1], folder)
-    for name, tensor in model.state_dict().items():
-        if name not in weights or not torch.equal(weights[name], tensor.cpu()):
-            raise UserError(
-                f"{folder}: {name} reads back as something else than was written; the checkpoint is not good"
-            )
-    again.to(model.fc.weight.device, model.dtype)
-    expected, got = _trial(model), _trial(again)
-    apart = float((got - expected).abs().max()) / max(float(expected.abs().max()), 1e-9)
-    if shape(again) != shape(model) or apart > 8 * torch.finfo(model.dtype).eps:
-        raise UserError(
-            f"{folder}: what was written drafts otherwise than the drafter in memory; the checkpoint is not good"
-        )
+    check_written(model, again, weights, folder, _trial, shape(again) == shape(model))
 
 
 def _trial(model: DFlashModel) -> Tensor:

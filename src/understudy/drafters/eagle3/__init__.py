@@ -4,31 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from understudy.assets import drafter_path
-from understudy.core.checkpoints import find_checkpoint
-from understudy.core.errors import UserError
 from understudy.drafters.eagle3.config import Eagle3Config, Eagle3ObjectiveConfig
 from understudy.drafters.eagle3.drafter import Eagle3Drafter
 from understudy.drafters.eagle3.files import read_drafter
 from understudy.drafters.eagle3.start import train_eagle3
 from understudy.drafting.protocols import Drafter
 from understudy.drafting.spec import Spec
-from understudy.drafting.weights import check_trained_for, made_for
-from understudy.target.fingerprint import fingerprint
+from understudy.drafting.weights import drafter_folder
 from understudy.target.target import Target
 
 
 def build(config: Eagle3Config, target: Target, path: str | None) -> Eagle3Drafter:
     """The drafter in `path`; without one, that of the built-in model, for which it was trained."""
-    if path is not None:
-        folder = find_checkpoint(path)
-        check_trained_for(folder, target, f"the drafter in {folder}", config.any_target)
-    else:
-        folder = drafter_path("eagle3")
-        if not config.any_target and made_for(folder) != fingerprint(target):
-            raise UserError(
-                f"drafter eagle3 has no weights for {target.name}: give a checkpoint, eagle3:DIR; `understudy train eagle3` makes one"
-            )
+    folder = drafter_folder("eagle3", path, target, config.any_target)
     model = read_drafter(folder, target)
     return Eagle3Drafter(target, model.to(target.dtype).requires_grad_(False).eval(), config)
 

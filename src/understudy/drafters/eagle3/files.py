@@ -19,7 +19,7 @@ from understudy.drafters.eagle3.model import Eagle3Model
 from understudy.drafters.eagle3.public import ARCHITECTURES, check_tensors, flat, public_name
 from understudy.drafters.eagle3.vocab import check_inverse, ids_of, membership
 from understudy.drafting.objective import Batch
-from understudy.drafting.weights import read_config, read_weights, renamed, write_weights
+from understudy.drafting.weights import check_written, fill, read_config, read_weights, renamed, write_weights
 from understudy.target.target import Target
 
 WRITTEN = (
@@ -124,19 +124,7 @@ def _model(layout: Any, weights: dict[str, Tensor], embedding: Tensor, folder: P
         model = Eagle3Model(layout, embedding, own_embedding="embed_tokens.weight" in weights)
     wanted = model.state_dict()
     _check_maps(wanted, weights, folder)
-    if missing := sorted(set(wanted) - set(weights)):
-        raise UserError(f"{folder}: the drafter lacks {missing[0]}; it has {', '.join(sorted(weights)[:3])}, ...")
-    if unknown := sorted(set(weights) - set(wanted)):
-        raise UserError(
-            f"{folder}: {unknown[0]} is no weight of an EAGLE-3 drafter with these flags; refused, because it would be left out"
-        )
-    for name, tensor in weights.items():
-        if tensor.shape != wanted[name].shape:
-            what = f" of {len(model.taps)} taps" if name == "fc.weight" else ""
-            raise UserError(f"{folder}: {name} is {list(tensor.shape)}, expected {list(wanted[name].shape)}{what}")
-        if not torch.isfinite(tensor.float() if tensor.is_floating_point() else tensor).all():
-            raise UserError(f"{folder}: {name} has values that are not finite; the checkpoint is damaged")
-    model.load_state_dict({name: tensor.to(wanted[name].dtype) for name, tensor in weights.items()})
+    fill(model, weights, folder, "an EAGLE-3 drafter", len(model.taps))
     return model
 
 
@@ -169,23 +157,11 @@ def _check_maps(wanted: dict[str, Tensor], weights: dict[str, Tensor], folder: P
     weights["t2d"] = membership(ids, vocab)
 
 
-@torch.no_grad()
 def _check_written(model: Eagle3Model, folder: Path) -> None:
     """Read what was written: all tensors, taps, and the logits of two draft steps have to be those of `model`."""
     weights = _tensors(folder)
     again = _model(flat(read_config(folder), folder), weights, model._shared[0], folder)
-    for name, tensor in model.state_dict().items():
-        if name not in weights or not torch.equal(weights[name], tensor.cpu()):
-            raise UserError(
-                f"{folder}: {name} reads back as something else than was written; the checkpoint is not good"
-            )
-    again.to(model.fc.weight.device, model.dtype)
-    expected, got = _trial(model), _trial(again)
-    apart = float((got - expected).abs().max()) / max(float(expected.abs().max()), 1e-9)
-    if again.taps != model.taps or apart > 8 * torch.finfo(model.dtype).eps:
-        raise UserError(
-            f"{folder}: what was written drafts otherwise than the drafter in memory; the checkpoint is not good"
-        )
+    check_written(model, again, weights, folder, _trial, again.taps == model.taps)
 
 
 def _trial(model: Eagle3Model) -> Tensor:
