@@ -64,6 +64,7 @@ def test_counts(tmp_path, tokenizer):
         "rejected_first": {S.MALFORMED: [broken], E.NO_ANSWER: [f"{path}:5", f"{path}:6"]},
         "answers_left_out": {E.PROMPT: 1},
         "written_by": {},
+        "thinking": {},
         "other_template": 0,
         "tokens": 61,
         "supervised": 21,

@@ -25,10 +25,13 @@ def test_dflash_from_layers_to_evaluation(tmp_path):
     run("1_layers.sh", "--num-samples", "2", "--max-length", "128")
     assert (tmp_path / "run/layers/cosine.png").exists()
     short = ("--max-new-tokens", "24", "--max-repeat-share", "1")
-    data = json.loads(run("2_data.sh", "--num-samples", "6", *short).splitlines()[-1])
-    assert data["rows"] >= 3
-    trained = run("3_train.sh", "--max-steps", "2", "--max-length", "128", "--anchors", "16", "--eval-interval", "0")
-    assert json.loads(trained.splitlines()[-1])["step"] == 2
+    train, held_out = map(json.loads, run("2_data.sh", "--num-samples", "6", *short).splitlines())
+    assert train["rows"] >= 3 and held_out["rows"] >= 3
+    few = ("--max-steps", "2", "--max-length", "128", "--anchors", "16")
+    trained = run("3_train.sh", *few, "--eval-num-prompts", "2", "--eval-max-new-tokens", "8")
+    last = json.loads(trained.splitlines()[-1])
+    assert last["step"] == 2 and last["best_tau"] >= 1
+    assert (tmp_path / "run/train/best").exists()
     table = run("4_evaluate.sh", "--num-prompts", "1", "--max-new-tokens", "8", "--repeats", "1")
     assert "Standard" in table and "Speedup" in table
     assert (tmp_path / "run/bench/results.json").exists()

@@ -3,7 +3,10 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-everywhere layers --model "$MODEL" --output-dir "$RUN/layers" --num-samples 32 --plot ${CONVERSATIONS:+--train-data-path "$CONVERSATIONS"} "$@"
-if [ "$DEVICES" -gt 1 ]; then
-  $UNDERSTUDY layers --model "$MODEL" --output-dir "$RUN/layers" --aggregate --plot
+if [ "$DEVICES" -eq 1 ]; then
+  set -- --plot "$@"
+fi
+everywhere layers --model "$MODEL" --output-dir "$RUN/layers" --num-samples 32 ${CONVERSATIONS:+--train-data-path "$CONVERSATIONS"} "$@"
+if [ "$DEVICES" -gt 1 ]; then # every device wrote its share; curves and proposal are made of all of them
+  $UNDERSTUDY layers --output-dir "$RUN/layers" --aggregate --plot
 fi

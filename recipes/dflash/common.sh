@@ -5,6 +5,7 @@ MODEL=${MODEL:-pocket}                # the target: the built-in model, a Huggin
 RUN=${RUN:-runs/dflash}               # everything is written below here
 DEVICES=${DEVICES:-1}                 # processes, one per device
 CONVERSATIONS=${CONVERSATIONS:-}      # JSON Lines of conversations whose questions the target answers; default: the built-in corpus
+HELD_OUT=${HELD_OUT:-}               # the same, held out: beside CONVERSATIONS this is needed too
 UNDERSTUDY=${UNDERSTUDY:-understudy}
 
 # understudy on every device: with one it is started by itself, with several by torchrun

@@ -276,8 +276,8 @@ def test_torchrun_gives_every_process_its_device(monkeypatch):
     import torch
 
     config = data_regenerate.RegenerateOptions(output_dir=Path("out"))
-    assert data_regenerate._device(config) is None
+    assert data_regenerate.on_own_device(config).device is None
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert data_regenerate._device(config) == "cuda:3"
-    assert data_regenerate._device(config.model_copy(update={"device": "cpu"})) == "cpu"
+    assert data_regenerate.on_own_device(config).device == "cuda:3"
+    assert data_regenerate.on_own_device(config.model_copy(update={"device": "cpu"})).device == "cpu"

@@ -167,9 +167,9 @@ def test_detailed_predictions_are_written(capsys, monkeypatch, tmp_path, rows):
     assert read_table(training / "metrics" / "predictions.csv"), "without held-out data a training batch is shown"
 
 
-def answered(folder: Path, target_hash: str) -> Path:
+def answered(folder: Path, target_hash: str, **made: str) -> Path:
     """A folder as `understudy data regenerate` leaves it, with rows that the target of this hash wrote."""
-    row = {"input_ids": list(range(8, 28)), "loss_mask": [0] * 10 + [1] * 10, "made": {"target": target_hash}}
+    row = {"input_ids": list(range(8, 28)), "loss_mask": [0] * 10 + [1] * 10, "made": {"target": target_hash, **made}}
     folder.mkdir()
     (folder / "train-0.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
     return folder
@@ -205,3 +205,14 @@ def test_batches_end_where_their_text_ends(tmp_path):
     batch = data.first()
     assert batch.ids.shape == (2, 60), "three documents of 20 tokens share a row of 64; six rows would be padding"
     assert bool((batch.documents >= 0).any(0).all()) and bool((batch.documents >= 0).any(1).all())
+
+
+def test_the_thinking_mode_of_the_data_is_that_of_the_prompts(tmp_path, monkeypatch):
+    folder = answered(tmp_path / "answers", "0" * 16, thinking="off")
+    data = opened(options([], tmp_path / "run", data_dir=folder, eval_data_path=write_rows(tmp_path / "eval.jsonl")))
+    assert data.thinking == "off"
+    given = []
+    monkeypatch.setattr(datasets, "thinking_variables", lambda tokenizer, mode: given.append(mode) or {})
+    assert data.prompts() and given == ["off"]
+    write_rows(folder / "train-1.jsonl")  # beside ordinary conversations, which are rendered by the default
+    assert opened(options([], tmp_path / "run", data_dir=folder)).thinking == "default"

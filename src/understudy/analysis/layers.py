@@ -90,7 +90,7 @@ def add(tally: Tally, target: Target, features: Features, chosen: Sequence[int])
     states = {layer: x[:, :-1][seen] for layer, x in features.taps.items()}  # [N, D] each
     last, tokens = features.last[:, :-1][seen], batch.ids[:, 1:][seen]
     sums = torch.cat([_cosines(states, last), _exits(target, states, last, tokens, chosen)])
-    values: Floats = sums.cpu().numpy()
+    values: Floats = sums.numpy()
     if wrong := [name for name, value in zip(tally.names, values, strict=True) if not np.isfinite(value)]:
         raise UserError(
             f"{wrong[0]} is not finite: the target's hidden states overflow in {str(target.dtype).removeprefix('torch.')};"
@@ -104,13 +104,13 @@ def _cosines(states: dict[int, Tensor], last: Tensor) -> Tensor:
     sums = []
     for final in (states[max(states)], last):
         direction = F.normalize(final.float(), dim=-1)
-        sums += [(F.normalize(states[i].float(), dim=-1) * direction).sum(dtype=torch.float64) for i in sorted(states)]
+        sums += [_total((F.normalize(states[i].float(), dim=-1) * direction).sum(-1)) for i in sorted(states)]
     return torch.stack(sums)
 
 
 def _exits(target: Target, states: dict[int, Tensor], last: Tensor, tokens: Tensor, chosen: Sequence[int]) -> Tensor:
     """Sums over N of cross-entropy, agreement and KL, for `chosen` and the target itself: [3 (C + 1)], nats."""
-    total = torch.zeros(3, len(chosen) + 1, dtype=torch.float64, device=last.device)
+    total = torch.zeros(3, len(chosen) + 1, dtype=torch.float64)
     rows = max(1, LOGITS // target.vocab_size)
     for start in range(0, len(last), rows):
         here = slice(start, start + rows)
@@ -119,10 +119,15 @@ def _exits(target: Target, states: dict[int, Tensor], last: Tensor, tokens: Tens
             law = whole
             if layer != target.layers:
                 law = log_law(_logits(target, target.norm(states[layer][here])))
-            total[0, column] -= law.gather(-1, tokens[here, None]).sum(dtype=torch.float64)
-            total[1, column] += (law.argmax(-1) == whole.argmax(-1)).sum()
-            total[2, column] += forward_kl(whole, law).sum(dtype=torch.float64)
+            total[0, column] -= _total(law.gather(-1, tokens[here, None]))
+            total[1, column] += _total(law.argmax(-1) == whole.argmax(-1))
+            total[2, column] += _total(forward_kl(whole, law))
     return total.flatten()
+
+
+def _total(x: Tensor) -> Tensor:
+    """Sum in float64, on the CPU: not every accelerator has that."""
+    return x.cpu().sum(dtype=torch.float64)
 
 
 def _logits(target: Target, hidden: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+import os
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from understudy.core.config import Config, option
 from understudy.core.errors import UserError
@@ -24,6 +25,33 @@ class ModelOptions(Config):
     revision: str | None = option(None, "branch, tag or commit of a model on the hub")
     trust_remote_code: bool = option(False, "allow modelling code that comes with the model to run here")
     threads: int | None = option(None, "CPU threads", ge=1)
+
+
+Options = TypeVar("Options", bound=ModelOptions)
+
+
+def place(rank: int | None, world: int | None) -> tuple[int, int]:
+    """(rank, world size) of this process, by its options or else by torchrun's environment. UserError for what cannot be."""
+    if rank is None and (world is None or "RANK" in os.environ):
+        rank = int(os.environ.get("RANK", 0))
+    world = world or int(os.environ.get("WORLD_SIZE", 1))
+    if rank is None and world > 1:
+        raise UserError(f"--world-size {world}: say with --rank which of them this process is, 0 to {world - 1}")
+    rank = rank or 0
+    if rank >= world:
+        raise UserError(f"--rank counts from 0: with --world-size {world} it is at most {world - 1}")
+    return rank, world
+
+
+def on_own_device(config: Options) -> Options:
+    """torchrun's processes see all accelerators of their machine and take one each."""
+    if config.device or config.device_map or "LOCAL_RANK" not in os.environ:
+        return config
+    import torch
+
+    if not torch.cuda.is_available():
+        return config
+    return config.model_copy(update={"device": f"cuda:{os.environ['LOCAL_RANK']}"})
 
 
 class DraftOptions(LearnOptions):

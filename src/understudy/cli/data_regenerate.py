@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import pydantic
 
-from understudy.cli.common import ModelOptions, given, load
+from understudy.cli.common import ModelOptions, given, load, on_own_device, place
 from understudy.cli.options import config_command
 from understudy.core.config import Config, option
 from understudy.core.errors import UserError
@@ -99,7 +98,7 @@ def regenerate_command(config: RegenerateOptions) -> None:
     from understudy.distill.output import Output, agree
     from understudy.distill.run import Work, regenerate
 
-    rank, world = _place(config)
+    rank, world = place(config.rank, config.world_size)
     work = Work(_files(config), config.num_samples, rank, world)
     author = _author(config)
     settings = {
@@ -117,15 +116,6 @@ def regenerate_command(config: RegenerateOptions) -> None:
     with Output(config.output_dir, config.split, rank) as output:
         summary = regenerate(work, author, output, console)
     print(json.dumps(summary))
-
-
-def _place(config: RegenerateOptions) -> tuple[int, int]:
-    """(rank, world size)."""
-    rank = int(os.environ.get("RANK", 0)) if config.rank is None else config.rank
-    world = int(os.environ.get("WORLD_SIZE", 1)) if config.world_size is None else config.world_size
-    if rank >= world:
-        raise UserError(f"--rank counts from 0: with --world-size {world} it is at most {world - 1}")
-    return rank, world
 
 
 def _files(config: RegenerateOptions) -> list[Path]:
@@ -149,7 +139,11 @@ def _author(config: RegenerateOptions) -> Author:
         "sampling": given(config, LawOptions),
     }
     if config.endpoint is None:
-        target = load(config.model_copy(update={"device": _device(config)}))
+        if config.device_map is not None:
+            raise UserError(
+                "--device-map: answers in this process are written on one device; serve the model and give --endpoint"
+            )
+        target = load(on_own_device(config))
         return here(target, config.batch_size, **options)
     from understudy.assets import pocket_path
     from understudy.distill.endpoint import Server
@@ -158,13 +152,3 @@ def _author(config: RegenerateOptions) -> Author:
     model = str(pocket_path()) if config.model == "pocket" else config.model
     hub = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     return there(server, model, hub, config.concurrency, **options)
-
-
-def _device(config: RegenerateOptions) -> str | None:
-    """Under torchrun every process takes its own accelerator."""
-    local = os.environ.get("LOCAL_RANK")
-    if config.device is not None or config.device_map is not None or local is None:
-        return config.device
-    import torch
-
-    return f"cuda:{local}" if torch.cuda.is_available() else None

@@ -11,7 +11,6 @@ understudy layers --aggregate --plot                                      # ... 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -20,13 +19,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import click
 import pydantic
 
-from understudy.cli.common import ModelOptions, load
+from understudy.cli.common import ModelOptions, load, on_own_device, place
 from understudy.cli.options import config_command
-from understudy.core.config import option, split_commas
+from understudy.core.config import NumberList, option
 from understudy.core.errors import UserError
 from understudy.core.explain import show
 from understudy.core.files import check_writable, write_json
-from understudy.data.options import DataOptions, corpus_paths
+from understudy.data.options import DataOptions, corpus_paths, several
 
 if TYPE_CHECKING:
     from understudy.analysis.ranks import RankFile
@@ -40,16 +39,11 @@ READ = ("output_dir", "aggregate", "plot", "layers", "num_taps", "world_size")  
 SAME = ("model", "data_path", "num_samples", "max_length", "is_preformatted", "last_turn_only", "seed")
 
 
-def _several(value: Any) -> Any:
-    """One path where several may stand."""
-    return [value] if isinstance(value, str | Path) else value
-
-
 class LayersOptions(ModelOptions):
     """Options of `understudy layers`."""
 
     num_samples: int = option(32, "conversations to measure on, of all processes together", ge=1)
-    layers: Annotated[list[int], pydantic.BeforeValidator(split_commas)] = option(
+    layers: NumberList = option(
         [],
         "layers for step B, separated by commas: 0 = embeddings, i = output of the i-th layer counted from 1;"
         " default: all, or 24 evenly spaced ones of a deeper target. With --aggregate: which of the measured ones to propose",
@@ -62,7 +56,7 @@ class LayersOptions(ModelOptions):
     aggregate: bool = option(False, "measure nothing: put together what the ranks wrote into the folder")
     plot: bool = option(False, "draw the curves as PNG files")
     output_dir: Path = option(Path("runs/layers"), "folder of the results, the same for all ranks", "outdir")
-    data_path: Annotated[list[Path], pydantic.BeforeValidator(_several)] = option(
+    data_path: Annotated[list[Path], pydantic.BeforeValidator(several)] = option(
         [],
         "JSON Lines file of conversations, or folder of `understudy data regenerate`, repeatable; default: the built-in"
         " corpus, Python's standard library",
@@ -95,7 +89,7 @@ def command(config: LayersOptions) -> None:
         _check_same(config, parts[0].settings)
         _report(config, parts)
         return
-    rank, world = place(config)
+    rank, world = place(config.rank, config.world_size)
     if world > 1 and config.plot:
         raise UserError("--plot draws all ranks together: give it with --aggregate")
     part = _measured(config, rank, world)
@@ -105,20 +99,6 @@ def command(config: LayersOptions) -> None:
     path = write_rank(config.output_dir, part)
     counts = {"samples": part.tally["samples"], "tokens": part.tally["tokens"]}
     click.echo(json.dumps({"file": str(path), "rank": rank, "world_size": world, **counts}))
-
-
-def place(config: LayersOptions) -> tuple[int, int]:
-    """(rank, world size) of this process, by its options or else by torchrun's environment. UserError for what cannot be."""
-    rank, world = config.rank, config.world_size
-    if rank is None and (world is None or "RANK" in os.environ):
-        rank = int(os.environ.get("RANK", 0))
-    world = world or int(os.environ.get("WORLD_SIZE", 1))
-    if rank is None and world > 1:
-        raise UserError(f"--world-size {world}: say with --rank which of them this process is, 0 to {world - 1}")
-    rank = rank or 0
-    if rank >= world:
-        raise UserError(f"--rank counts from 0: with --world-size {world} it is at most {world - 1}")
-    return rank, world
 
 
 def _check_aggregate(config: LayersOptions) -> None:
@@ -155,7 +135,7 @@ def _measured(config: LayersOptions, rank: int, world: int) -> RankFile:
     rows = config.model_dump(include={"max_length", "is_preformatted", "last_turn_only"})
     data = DataOptions(train_data_path=config.data_path, pack=False, **rows)
     paths, _ = corpus_paths(data, config.output_dir)
-    target = load(_on_own_device(config))
+    target = load(on_own_device(config))
     if config.max_length > target.context:
         raise UserError(f"--max-length {config.max_length} is beyond the target's context of {target.context}")
     chosen = candidates(target.layers, config.layers)
@@ -203,15 +183,6 @@ def _settings(config: LayersOptions, target: Target, stream: Stream, chosen: lis
         "bytes": stream.corpus.bytes,
         "chat_template": template_hash(target.tokenizer),
     }
-
-
-def _on_own_device(config: LayersOptions) -> LayersOptions:
-    """torchrun's processes see all devices of their machine and take one each."""
-    import torch
-
-    if config.device or config.device_map or "LOCAL_RANK" not in os.environ or not torch.cuda.is_available():
-        return config
-    return config.model_copy(update={"device": f"cuda:{os.environ['LOCAL_RANK']}"})
 
 
 def _shown(batches: Iterable[Batch], total: int) -> Iterable[Batch]:

@@ -30,12 +30,19 @@ def names_of(name: str, field: FieldInfo) -> list[str]:
     return [str(n).replace("_", "-") for n in (name, *aliases)]
 
 
-def split_commas(value: Any) -> Any:
-    """`"a,b"` or `["a,b", "c"]` -> the single names, each once, in order and without blanks."""
+def _parts(value: Any) -> Any:
+    """`"a,b"` or `["a,b", "c"]` -> the parts, in order and without blanks; anything else as it is, for pydantic to refuse."""
     parts = [value] if isinstance(value, str) else value
     if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
-        return value  # for pydantic to refuse
-    return list(dict.fromkeys(name.strip() for part in parts for name in part.split(",") if name.strip()))
+        return value
+    return [name.strip() for part in parts for name in part.split(",") if name.strip()]
+
+
+def split_commas(value: Any) -> Any:
+    """Names separated by commas, each once."""
+    parts = _parts(value)
+    return list(dict.fromkeys(parts)) if isinstance(parts, list) and all(isinstance(p, str) for p in parts) else parts
 
 
 CommaList = Annotated[list[str], pydantic.BeforeValidator(split_commas)]
+NumberList = Annotated[list[int], pydantic.BeforeValidator(_parts)]  # separated by commas, as often as they are given

@@ -12,7 +12,7 @@ from understudy.core.config import Config, option
 from understudy.core.errors import UserError
 
 
-def _several(value: Any) -> Any:
+def several(value: Any) -> Any:
     """One path where several may stand."""
     return [value] if isinstance(value, str | Path) else value
 
@@ -20,7 +20,7 @@ def _several(value: Any) -> Any:
 class FileOptions(Config):
     """Which files, and how long a row may be."""
 
-    train_data_path: Annotated[list[Path], pydantic.BeforeValidator(_several)] = option(
+    train_data_path: Annotated[list[Path], pydantic.BeforeValidator(several)] = option(
         [],
         "JSON Lines file to train on, or folder of `understudy data regenerate`, repeatable; default: the built-in corpus, Python's"
         " standard library",
@@ -87,7 +87,7 @@ def corpus_paths(options: FileOptions, folder: str | Path) -> tuple[list[Path], 
     """(files to train on, file to evaluate on or None). A folder stands for the files that `understudy data regenerate` wrote there.
 
     Without a training file the built-in corpus is written to `folder`/corpus, the run's own folder, once: a resumed run reads the
-    bytes that it began with. With processes side by side, one has to come here first.
+    bytes that it began with. Processes side by side that begin at once each write the same bytes, atomically.
     """
     if options.train_data_path:
         return _opened(options)

@@ -25,6 +25,9 @@ class Prompt:
     turns: tuple[str, ...] = ()
 
 
+VARIABLE = "enable_thinking"
+
+
 def text_prompt(text: str, id: str = "prompt") -> Prompt:
     """The prompt that a person typed. Empty text raises UserError."""
     if not text.strip():
@@ -73,3 +76,17 @@ def _from_template(tokenizer: Any, messages: Sequence[Message], variables: dict[
         )["input_ids"]
     except jinja2.TemplateError as error:  # a template may insist on alternating roles, or on no system message
         raise UserError(f"the model's chat template refuses this conversation: {error}") from None
+
+
+def thinking_variables(tokenizer: Any, thinking: str) -> dict[str, Any]:
+    """What the chat template is handed for `thinking` on, off or default. UserError if it would not read it."""
+    if thinking == "default":
+        return {}
+    import jinja2
+
+    tokens = jinja2.Environment().lex(tokenizer.get_chat_template())
+    if all((kind, value) != ("name", VARIABLE) for _, kind, value in tokens):
+        raise UserError(
+            f"--thinking {thinking}: the model's chat template has no {VARIABLE}, so it cannot be switched; leave --thinking out"
+        )
+    return {VARIABLE: thinking == "on"}

@@ -71,6 +71,7 @@ class DataReport:
     )  # reason -> the first few, FILE:LINE and what is wrong there
     left_out: Counter[str] = field(default_factory=Counter)  # reason -> answers of kept rows that are not supervised
     written_by: Counter[str] = field(default_factory=Counter)  # rows with token ids, by the target that wrote them
+    thinking: Counter[str] = field(default_factory=Counter)  # of these, by mode: on, off, default
     other_template: int = 0  # of these, rendered by another chat template than the model's
     tokens: int = 0
     supervised: int = 0
@@ -118,6 +119,7 @@ class DataReport:
             "rejected_first": self.where,
             "answers_left_out": dict(self.left_out),
             "written_by": dict(self.written_by),
+            "thinking": dict(self.thinking),
             "other_template": self.other_template,
             "tokens": self.tokens,
             "supervised": self.supervised,
@@ -215,6 +217,7 @@ def inspect(
         _count(report, document)
         if isinstance(row, TokenRow):
             report.written_by[row.author] += 1
+            report.thinking[str(row.made.get("thinking", "default"))] += 1
             report.other_template += row.made.get("template") not in (None, encoder.template_hash)
         if not report.sample:
             report.sample = list(_pieces(tokenizer, document))

@@ -90,7 +90,8 @@ class TokenReader:
             )
         if max(row.ids) >= self.vocabulary:
             raise Rejected(BEYOND, f"{max(row.ids)} of {self.vocabulary}")
-        edges = [i for i, (a, b) in enumerate(pairwise([False, *row.mask, False])) if a != b]
+        mask = [False, *row.mask[1:]]  # nothing predicts a text's first token
+        edges = [i for i, (a, b) in enumerate(pairwise([False, *mask, False])) if a != b]
         if not edges:
             raise Rejected(UNSUPERVISED)
         return list(zip(edges[::2], edges[1::2], strict=True))

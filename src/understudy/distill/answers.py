@@ -76,7 +76,7 @@ class Writer:
                         free.pop()
                     else:
                         yield dialogue
-                at = list(turns)
+                at = sorted(turns)  # all slots in order need no copy of their caches
                 if not at:
                     continue
                 logits = slots.step(at, [turns[slot].last for slot in at])

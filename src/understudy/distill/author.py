@@ -8,14 +8,13 @@ from typing import Any, Protocol
 
 from understudy.core.errors import UserError
 from understudy.data.encode import Encoder
+from understudy.data.prompts import thinking_variables
 from understudy.distill.answers import Writer
 from understudy.distill.dialogue import Dialogue, Style
 from understudy.distill.endpoint import RemoteWriter, Server
 from understudy.target.fingerprint import fingerprint
 from understudy.target.params import SamplingParams, params_from_generation_config
 from understudy.target.target import Target
-
-VARIABLE = "enable_thinking"
 
 
 class Answers(Protocol):
@@ -99,17 +98,3 @@ def _manner(
         },
     }
     return style, law, made
-
-
-def thinking_variables(tokenizer: Any, thinking: str) -> dict[str, Any]:
-    """What the chat template is handed for `thinking` on, off or default. UserError if it would not read it."""
-    if thinking == "default":
-        return {}
-    import jinja2
-
-    tokens = jinja2.Environment().lex(tokenizer.get_chat_template())
-    if all((kind, value) != ("name", VARIABLE) for _, kind, value in tokens):
-        raise UserError(
-            f"--thinking {thinking}: the model's chat template has no {VARIABLE}, so it cannot be switched; leave --thinking out"
-        )
-    return {VARIABLE: thinking == "on"}

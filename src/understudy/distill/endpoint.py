@@ -44,6 +44,7 @@ class Server:
     ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
         self.retries = retries
+        self.closed = False
         headers = {}
         if key_env is not None:
             if key_env not in os.environ:
@@ -80,7 +81,10 @@ class Server:
     def complete(self, prompt: list[int], length: int, options: dict[str, Any]) -> tuple[list[int], str]:
         """(new token ids, the stop token included; "stop" or "length"). Raises `Failed`, and UserError for what will not get better."""
         body = {"model": self.model, "prompt": prompt, "max_tokens": length, "return_token_ids": True, **options}
+        reason = "it was given up"
         for attempt in range(self.retries + 1):
+            if self.closed:
+                break
             pause = min(2.0**attempt, LONGEST_WAIT)
             try:
                 answer = self.client.post(f"{self.url}/completions", json=body)
@@ -95,9 +99,14 @@ class Server:
                 if answer.status_code not in (408, 429) and answer.status_code < 500:
                     raise Failed(reason)
                 pause = _asked_pause(answer) or pause
-            if attempt < self.retries:
+            if attempt < self.retries and not self.closed:
                 time.sleep(pause * (0.5 + random.random() / 2))  # many clients should not come back at once
         raise Failed(f"{reason}, {self.retries + 1} times")
+
+    def close(self) -> None:
+        """Give up the requests under way, and make no more."""
+        self.closed = True
+        self.client.close()
 
     def _read(self, answer: httpx.Response, prompt: list[int]) -> tuple[list[int], str]:
         try:
@@ -136,35 +145,36 @@ class RemoteWriter:
         waiting, ready = iter(dialogues), deque[Dialogue]()
         asked: dict[Future[tuple[list[int], str]], Dialogue] = {}
         failures, why = 0, ""
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            try:
-                while True:
-                    while len(asked) < self.concurrency:
-                        dialogue = ready.popleft() if ready else next(waiting, None)
-                        if dialogue is None:
-                            break
-                        if dialogue.prompt is None:
-                            yield dialogue
-                        else:
-                            asked[pool.submit(self._ask, dialogue, dialogue.prompt)] = dialogue
-                    if not asked:
-                        return
-                    for future in wait(asked, return_when=FIRST_COMPLETED).done:
-                        dialogue = asked.pop(future)
-                        try:
-                            self._take(dialogue, *future.result())
-                            failures = 0
-                        except Failed as error:
-                            why, failures = str(error), failures + 1
-                            dialogue.failure, dialogue.prompt = why, None
-                        ready.append(dialogue)  # its next turn goes before another conversation
-                    if failures > self.concurrency:
-                        raise UserError(
-                            f"{failures} requests in a row failed, the last one so: {why}; the same command goes on"
-                        )
-            finally:
-                for future in asked:
-                    future.cancel()
+        pool = ThreadPoolExecutor(self.concurrency)
+        try:
+            while True:
+                while len(asked) < self.concurrency:
+                    dialogue = ready.popleft() if ready else next(waiting, None)
+                    if dialogue is None:
+                        break
+                    if dialogue.prompt is None:
+                        yield dialogue
+                    else:
+                        asked[pool.submit(self._ask, dialogue, dialogue.prompt)] = dialogue
+                if not asked:
+                    return
+                for future in wait(asked, return_when=FIRST_COMPLETED).done:
+                    dialogue = asked.pop(future)
+                    try:
+                        self._take(dialogue, *future.result())
+                        failures = 0
+                    except Failed as error:
+                        why, failures = str(error), failures + 1
+                        dialogue.failure, dialogue.prompt = why, None
+                    ready.append(dialogue)  # its next turn goes before another conversation
+                if failures > self.concurrency:
+                    raise UserError(
+                        f"{failures} requests in a row failed, the last one so: {why}; the same command goes on"
+                    )
+        finally:
+            if asked:  # somebody stopped, or the server is gone: nobody waits for what is under way
+                self.server.close()
+            pool.shutdown(wait=not asked, cancel_futures=True)
 
     def _ask(self, dialogue: Dialogue, prompt: list[int]) -> tuple[list[int], str]:
         options = dict(self.options)

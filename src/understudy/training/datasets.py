@@ -15,7 +15,7 @@ from understudy.core.config import CommaList, option
 from understudy.core.errors import UserError
 from understudy.core.records import Needs
 from understudy.data.options import DataOptions, corpus_paths
-from understudy.data.prompts import load_prompts, render
+from understudy.data.prompts import load_prompts, render, thinking_variables
 from understudy.data.report import DataReport, inspect
 from understudy.data.stream import Stream, open_stream
 from understudy.drafting.objective import Batch
@@ -127,6 +127,11 @@ class TrainingData:
         """A batch to look at, without moving the stream."""
         raise NotImplementedError
 
+    @property
+    def thinking(self) -> str:
+        """The thinking mode that the data were written in, where that is one and known: on, off, or the template's default."""
+        return "default"
+
     def facts(self, console: Console | None) -> tuple[dict[str, Any], int]:
         """What the run learns from, shown and as JSON; batches of an epoch. UserError if nothing would be supervised."""
         raise NotImplementedError
@@ -137,7 +142,7 @@ class TrainingData:
         path = config.eval_prompts or (None if config.is_preformatted else self.eval_path)
         if path is None or not config.eval_interval:
             return []
-        fitting = fitting_prompts(config, self.target, path, 8 * config.eval_num_prompts)
+        fitting = fitting_prompts(config, self.target, path, 8 * config.eval_num_prompts, self.thinking)
         step = max(1, len(fitting) // config.eval_num_prompts)  # spread: neighbours in a file resemble each other
         return fitting[::step][: config.eval_num_prompts]
 
@@ -184,6 +189,13 @@ class FileData(TrainingData):
         share = len(self.stream.corpus) / max(report.rows, 1) if report.sampled else 1.0
         rows = report.packed_rows(config.max_length) if config.pack else report.documents * share
         return report.as_dict(), max(1, round(rows / (config.batch_size * self.ranks.world)))
+
+    @property
+    def thinking(self) -> str:
+        report = self._inspect(max([REPORT_ROWS, *self._reports]))
+        modes = set(report.thinking)
+        alone = sum(report.thinking.values()) == report.documents  # ordinary conversations are rendered by the default
+        return modes.pop() if len(modes) == 1 and alone else "default"
 
     def _warn_of(self, report: DataReport, console: Console) -> None:
         """Rows that another target wrote teach what this one does not say. Rows of a server name no weights."""
@@ -251,10 +263,13 @@ class ShardData(TrainingData):
         return told, len(self.stored) // self.ranks.world
 
 
-def fitting_prompts(config: OfflineOptions, target: Target, path: Path, count: int) -> list[list[int]]:
+def fitting_prompts(
+    config: OfflineOptions, target: Target, path: Path, count: int, thinking: str = "default"
+) -> list[list[int]]:
     """Token ids of those of the first `count` prompts of a file that leave room for an answer. UserError if none does."""
     room = target.context - config.eval_max_new_tokens
-    rendered = [render(target.tokenizer, prompt.messages) for prompt in load_prompts(path, count)]
+    variables = thinking_variables(target.tokenizer, thinking)
+    rendered = [render(target.tokenizer, prompt.messages, **variables) for prompt in load_prompts(path, count)]
     fitting = [ids for ids in rendered if len(ids) < room]
     if not fitting:
         raise UserError(f"no prompt of {path} leaves room for {config.eval_max_new_tokens} new tokens")

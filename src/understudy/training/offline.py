@@ -78,7 +78,7 @@ def run(spec: Spec, config: OfflineOptions, target: Target, ranks: Ranks, consol
             measure=measure,
             held_out=data.held_out,
             watchers=watchers,
-            card=_card(spec, target, objective),
+            card=_card(spec, target, objective, data.thinking),
             console=console,
         )
     finally:
@@ -202,7 +202,7 @@ def _seconds(objective: Objective, data: TrainingData, ranks: Ranks) -> float:
     return spent
 
 
-def _card(spec: Spec, target: Target, objective: Objective) -> dict[str, Any]:
+def _card(spec: Spec, target: Target, objective: Objective, thinking: str) -> dict[str, Any]:
     """What `understudy.json` says besides figures."""
     return {
         "drafter": spec.name,
@@ -211,7 +211,7 @@ def _card(spec: Spec, target: Target, objective: Objective) -> dict[str, Any]:
         "text": {
             "tokenizer": tokenizer_hash(target.tokenizer),
             "chat_template": template_hash(target.tokenizer),
-            "thinking": "template default",  # prompts are rendered without options
+            "thinking": "template default" if thinking == "default" else thinking,
         },
         "servable": objective.servable(),
     }

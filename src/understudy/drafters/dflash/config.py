@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 import pydantic
 
-from understudy.core.config import CommaList, Config, option
+from understudy.core.config import CommaList, Config, NumberList, option
 from understudy.drafting.spec import DrafterConfig
 
 
@@ -35,9 +35,9 @@ class DFlashObjectiveConfig(Config):
         None, "decoder layers of the drafter; default: one for every seven of the target", ge=1
     )
     block_size: int = option(8, "rows of a block: the last committed token and as many drafts as rows follow", ge=2)
-    taps: list[int] = option(
+    taps: NumberList = option(
         [],
-        "hidden states that the drafter reads, repeatable: 0 = embeddings, i = output of the i-th layer; default: up to five,"
+        "hidden states that the drafter reads, separated by commas: 0 = embeddings, i = output of the i-th layer; default: up to five,"
         " spread evenly",
         "layers",
     )
@@ -75,7 +75,9 @@ class DFlashObjectiveConfig(Config):
         "weight of a draft by its place in the block: none; exp: exp(-k / gamma), k from 0; dpace: by the drafter's own"
         " chance to get there and go on (D-PACE)",
     )
-    gamma: float | None = option(None, "of exp; default: 7 for blocks of 16, 4 for blocks of 8, in proportion", gt=0)
+    gamma: float | None = option(
+        None, "of exp; default: 1 + 3 B / 8 for blocks of B rows, so 4 for 8 and 7 for 16", gt=0
+    )
     dpace_alpha: float = option(0.5, "of dpace: how far probabilities are drawn towards 1", ge=0, lt=1)
     loss_chunk: int = option(1024, "rows whose logits exist at the same time", ge=1)
 

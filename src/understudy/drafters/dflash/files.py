@@ -209,6 +209,5 @@ def _trial(model: DFlashModel) -> Tensor:
         embedded = model.markov_head.embed(before)
         said[0] = said[0] + model.markov_head.correction(embedded)
     if model.confidence_head is not None:
-        embedded = model.markov_head.embed(before) if model.markov_head is not None else states[..., :0]
-        said.append(model.confidence_head(states, embedded)[..., None])
+        said.append(model.confidence_head(states, embedded)[..., None])  # there is none without a Markov head
     return torch.cat([part.float() for part in said], -1)

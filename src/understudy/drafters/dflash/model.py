@@ -73,7 +73,7 @@ class DFlashModel(nn.Module):
         self.confidence_head = ConfidenceHead(width, with_markov) if config.enable_confidence_head else None
         self._shared = [embedding, head]  # in a list: they are the target's
         self.rotary = DraftRotary(config)
-        self._fused: tuple[object, Tensor, Tensor | None, Tensor] | None = None
+        self._fused: tuple[list[tuple[Tensor, int, int]], Tensor, Tensor | None, Tensor] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -103,8 +103,9 @@ class DFlashModel(nn.Module):
 
     def logits(self, out: Tensor) -> Tensor:
         """Normed states [.., H] -> logits [.., V], without a Markov head's correction."""
-        head = self._shared[1]
-        return F.linear(out, head if torch.is_autocast_enabled(out.device.type) else head.to(out.dtype))
+        head = self._shared[1]  # under a device map it is elsewhere
+        dtype = head.dtype if torch.is_autocast_enabled(out.device.type) else out.dtype
+        return F.linear(out.to(head.device), head.to(dtype)).to(out.device)
 
     # While decoding: one sequence
 
@@ -112,13 +113,16 @@ class DFlashModel(nn.Module):
         """Key and value projections of all layers as one matrix, its bias, and the norms of keys [n, 1, d]; made again when they change."""
         attentions = self.attentions
         parts = [p for a in attentions for m in (a.k_proj, a.v_proj, a.k_norm) for p in m.parameters()]
-        key = [(p.data_ptr(), p._version, p.dtype) for p in parts]
-        if self._fused is None or self._fused[0] != key:
+        # the parameters themselves are kept: an address alone may be another one's by now
+        key: list[tuple[Tensor, int, int]] = [(p, p.data_ptr(), p._version) for p in parts]
+        old = None if self._fused is None else self._fused[0]
+        if old is None or not all(a is b and seen == now for (a, *seen), (b, *now) in zip(old, key, strict=True)):
             weight = torch.cat([p for a in attentions for p in (a.k_proj.weight, a.v_proj.weight)])
-            bias = None
+            bias: Tensor | None = None
             if attentions[0].k_proj.bias is not None:
                 bias = torch.cat([p for a in attentions for p in (a.k_proj.bias, a.v_proj.bias)])
             self._fused = (key, weight, bias, torch.stack([a.k_norm.weight for a in attentions])[:, None])
+        assert self._fused is not None
         return self._fused[1:]
 
     def write(self, taps: Tensor, start: int, cache: KVCache) -> None:

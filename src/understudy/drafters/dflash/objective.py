@@ -167,7 +167,7 @@ class DFlashObjective(Objective):
                 doubt = F.binary_cross_entropy_with_logits(sure, overlap, reduction="none")
                 total = total + (doubt * weight).sum()
                 doubt = torch.where(asks, doubt.detach(), 0.0)
-            hit = (logits.detach().argmax(-1) == (tokens if self.training and not taught else best)) & asks
+            hit = (logits.detach().argmax(-1) == best) & asks
             right[index] = hit
             parts = [torch.where(asks, x.detach(), 0.0).sum(0) for x in (loss, overlap)]
             parts.append(torch.zeros_like(parts[0]) if sure is None else doubt.sum(0))
@@ -260,7 +260,7 @@ class DFlashObjective(Objective):
         # the text itself says what was accepted: under a penalty, or at a near tie, the target's raw argmax need not
         steps = torch.arange(1, len(asks) + 1, device=ids.device)[:, None]
         text = ids[(slots + steps).clamp_max(len(ids) - 1)]
-        hits = ((said["predicted"] == text) & asks)[: self.drafter.steps]
+        hits = (said["predicted"] == text) & asks
         found = torch.zeros_like(ids)
         found[slots] = hits.long().cumprod(0).sum(0)
         return found.view_as(features.batch.ids)

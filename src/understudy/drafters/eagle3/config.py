@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 import pydantic
 
-from understudy.core.config import Config, option
+from understudy.core.config import Config, NumberList, option
 from understudy.drafting.spec import DrafterConfig
 
 
@@ -32,9 +32,9 @@ class Eagle3Config(DrafterConfig):
 class Eagle3ObjectiveConfig(Config):
     """Options of `train eagle3`: the drafter's shape, its objective, and how it drafts while acceptance is measured."""
 
-    taps: list[int] = option(
+    taps: NumberList = option(
         [],
-        "hidden states that the drafter reads, repeatable: 0 = embeddings, i = output of the i-th layer; default: 2, L/2, L-3",
+        "hidden states that the drafter reads, separated by commas: 0 = embeddings, i = output of the i-th layer; default: 2, L/2, L-3",
         "layers",
     )
     draft_vocab_size: int | None = option(
