@@ -38,7 +38,8 @@ SUMS = ("loss", "lossy", "right", "overlap")  # per step: summed loss, slots in 
 
 def asked(batch: Batch, steps: int) -> Tensor:
     """[K, B, T] bool: decoding asks step k of the chain that begins at slot t, which is the slot before its last committed token."""
-    return F.pad(slots.asked(batch, steps)[:, :, 1:], (0, 1), value=False)
+    before = batch.documents[:, 1:] == batch.documents[:, :-1]  # a document's first token has no slot before it
+    return F.pad(slots.asked(batch, steps)[:, :, 1:] & before, (0, 1), value=False)
 
 
 @dataclass(frozen=True, slots=True)
