@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from distill.chat import ASSISTANT, END, LINE, SYSTEM, USER, Chat, style, talk
 from understudy.data.conversations import Conversation, Message
-from understudy.distill.dialogue import EMPTY, LOOP, NO_ROOM, REFUSED, Answer, Dialogue, Repeats, share_of
+from understudy.distill.dialogue import EMPTY, LOOP, NO_ROOM, REFUSED, Answer, Dialogue, Repeats
 from understudy.telemetry.repeats import repeat_share
 
 
@@ -112,6 +112,6 @@ def test_repeats_are_counted_while_a_text_grows(text, more):
     repeats = Repeats()
     for token in text:
         repeats.add(token)
-    assert repeats.share == repeat_share(text) == share_of(text)
+    assert repeats.share == repeat_share(text)
     longest = len(text) + 20
     assert repeats.at_least(longest) <= repeat_share(text + more) + 1e-12, "whatever follows"

@@ -8,7 +8,7 @@ prompt as the template renders it, history included; of history nothing is super
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -175,11 +175,3 @@ class Repeats:
     def at_least(self, longest: int) -> float:
         """What the share cannot fall below any more if the text may have up to `longest` tokens."""
         return self.repeated / max(longest - self.n + 1, 1)
-
-
-def share_of(ids: Sequence[int]) -> float:
-    """The share of repeated 4-grams of a finished text."""
-    repeats = Repeats()
-    for token in ids:
-        repeats.add(token)
-    return repeats.share

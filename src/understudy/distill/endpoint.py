@@ -21,8 +21,9 @@ import httpx
 
 from understudy.core.errors import UserError
 from understudy.core.seeds import derive
-from understudy.distill.dialogue import Answer, Dialogue, Style, share_of
+from understudy.distill.dialogue import Answer, Dialogue, Style
 from understudy.target.params import SamplingParams
+from understudy.telemetry.repeats import repeat_share
 
 LONGEST_WAIT = 60.0  # seconds between two tries
 FATAL = (401, 403, 404, 405)  # every other request would fail alike
@@ -187,7 +188,7 @@ class RemoteWriter:
         stopped = finished == "stop"
         if not ids or (stopped and ids[-1] not in self.style.stops):
             raise Failed("the server ended the answer without a stop token of the model")
-        dialogue.answer(Answer(ids, "stop" if stopped else "length", share_of(ids[:-1] if stopped else ids)))
+        dialogue.answer(Answer(ids, "stop" if stopped else "length", repeat_share(ids[:-1] if stopped else ids)))
 
 
 def request_options(law: SamplingParams, stops: Iterable[int]) -> dict[str, Any]:
