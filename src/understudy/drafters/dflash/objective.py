@@ -177,12 +177,10 @@ class DFlashObjective(Objective):
         chunk = max(1, config.loss_chunk // drafts)
         flat = chunked_sums(sums, chunk, index, found.states, found.asked, found.before, found.tokens, found.last)
         total, weight, parts = flat[0], flat[1].detach(), flat[2:].detach().view(3, -1)
-        metrics = self._metrics(found, parts, right, batch, taught)
+        metrics = self._metrics(found, parts, right, batch)
         return StepOutput(total, found.asked.sum(), metrics, weight)
 
-    def _metrics(
-        self, found: Blocks, parts: Tensor, right: Tensor, batch: Batch, taught: bool
-    ) -> dict[str, tuple[Tensor, Tensor]]:
+    def _metrics(self, found: Blocks, parts: Tensor, right: Tensor, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """Marginal, conditional and joint accuracy per draft, never mixed; simulated tau; the share of supervised tokens that was used."""
         loss, overlap, doubt = parts
         asks, cycles = found.asked, found.asked[:, 0].sum()
