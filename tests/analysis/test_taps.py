@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from understudy.analysis.taps import equal_steps, even, lowest_loss, progress
+from understudy.analysis.taps import equal_steps, lowest_loss, progress
 from understudy.drafters.dflash.layout import default_taps
+from understudy.drafting.taps import even
 
 
 def test_even_taps_are_those_of_public_drafters():

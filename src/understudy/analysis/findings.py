@@ -13,8 +13,9 @@ from typing import Any
 from understudy.analysis.cost import Cost
 from understudy.analysis.ranks import RankFile, merged
 from understudy.analysis.tally import Tally
-from understudy.analysis.taps import equal_steps, even, lowest_loss, progress
+from understudy.analysis.taps import equal_steps, lowest_loss, progress
 from understudy.core.errors import UserError
+from understudy.drafting.taps import even
 
 VERSION = 1
 EXIT = ("ce", "agreement", "kl")  # what step B says of a layer

@@ -1,6 +1,6 @@
 """Which layers a drafter of taps (EAGLE-3, DFlash) should read: three rules, from nothing to measurements.
 
-- `even`: spread evenly, from the second layer's output to the last but two. What z-lab's DFlash does (`build_target_layer_ids`).
+- `even` (`drafting.taps`): spread evenly, from the second layer's output to the last but two. What DFlash has without a measurement.
 - `lowest_loss`: the layers whose early exit has the lowest cross-entropy. Taken literally, where loss falls with every layer, it gives the
   last few layers, which say nearly the same.
 - `equal_steps`, the one proposed: taps at equal steps of progress from the embeddings to the last usable layer. Progress is the mean of
@@ -15,15 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-
-
-def even(layers: int, count: int) -> list[int]:
-    """`count` taps without a measurement, fewer in a target that is too shallow."""
-    low, high = (2, layers - 2) if layers >= 4 else (1, layers - 1)
-    count = min(count, high - low + 1)
-    if count == 1:
-        return [max(1, layers // 2)]
-    return [round(low + i * (high - low) / (count - 1)) for i in range(count)]
 
 
 def lowest_loss(losses: Mapping[int, float], count: int) -> list[int]:

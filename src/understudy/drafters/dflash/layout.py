@@ -13,6 +13,7 @@ from transformers import Qwen3Config
 
 from understudy.core.errors import UserError
 from understudy.drafters.dflash.config import DFlashObjectiveConfig
+from understudy.drafting.taps import even
 from understudy.target.target import Target
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -21,14 +22,10 @@ DEPTH = 7  # layers of the target for one of the drafter: five of them on a twel
 
 
 def default_taps(layers: int, count: int = MOST_TAPS) -> list[int]:
-    """Up to `count` taps spread evenly from the second layer's output to the last but two (z-lab's `build_target_layer_ids`)."""
-    low, high = 2, layers - 2
-    if high < low:
-        raise UserError(f"a target of {layers} layers has no default taps: name them, --taps 1 --taps 2 ...")
-    count = min(count, high - low + 1)
-    if count == 1:
-        return [max(1, layers // 2)]
-    return [round(low + i * (high - low) / (count - 1)) for i in range(count)]
+    """Up to `count` taps spread evenly. UserError for a target that is too shallow to have them."""
+    if layers < 4:
+        raise UserError(f"a target of {layers} layers has no default taps: name them, --taps 1,2")
+    return even(layers, count)
 
 
 def chosen_taps(target: Target, taps: Sequence[int]) -> list[int]:
