@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from test_data_encode import load
 from understudy.core.errors import UserError
+from understudy.core.hashes import tokenizer_hash
 from understudy.data.conversations import Conversation, Malformed, Rejected
 from understudy.data.encode import CUT, Encoder
 from understudy.data.options import DataOptions, corpus_paths
 from understudy.data.report import inspect
 from understudy.data.stream import Corpus, open_stream
-from understudy.data.tokens import BEYOND, UNSUPERVISED, TokenReader, TokenRow, parse_tokens, tokenizer_hash
-from understudy.target import fingerprint
+from understudy.data.tokens import BEYOND, UNSUPERVISED, TokenReader, TokenRow, parse_tokens
 
 IDS, MASK = [0, 1, 206, 300, 3, 206, 2, 206, 310, 311, 3], [0] * 8 + [1, 1, 1]
 
@@ -75,7 +75,7 @@ def load_once() -> Any:
 
 
 def test_ids_of_another_vocabulary_are_refused(pocket):
-    assert tokenizer_hash(pocket) == fingerprint.tokenizer_hash(pocket)
+    assert TokenReader(pocket).hash == tokenizer_hash(pocket)
     own = TokenRow(IDS, [bool(x) for x in MASK], {"tokenizer": tokenizer_hash(pocket)})
     assert Encoder(pocket)(own).ids == IDS
     with pytest.raises(UserError, match="made with another tokenizer than this model's"):

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import tiny
 from understudy.core.errors import UserError
+from understudy.core.hashes import template_hash
 from understudy.drafting.weights import (
     bare,
     check_trained_for,
@@ -21,7 +22,7 @@ from understudy.drafting.weights import (
     renamed,
     write_weights,
 )
-from understudy.target.fingerprint import fingerprint, template_hash
+from understudy.target.fingerprint import fingerprint
 from understudy.target.target import Target
 
 TENSORS = {

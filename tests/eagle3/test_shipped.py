@@ -7,11 +7,12 @@ import pytest
 import tiny
 from understudy.assets import drafter_path, pocket_path, prompts_path
 from understudy.core.errors import UserError
+from understudy.core.hashes import template_hash, tokenizer_hash
 from understudy.data.prompts import load_prompts, render
 from understudy.decoding.acceptance import measure_acceptance
 from understudy.drafting.spec import build
 from understudy.drafting.weights import read_card
-from understudy.target.fingerprint import fingerprint, template_hash, tokenizer_hash
+from understudy.target.fingerprint import fingerprint
 from understudy.target.loading import load_target
 
 

@@ -170,7 +170,8 @@ def _measured(config: LayersOptions, rank: int, world: int) -> RankFile:
 
 def _settings(config: LayersOptions, target: Target, stream: Stream, chosen: list[int]) -> dict[str, Any]:
     """What the figures follow from, JSON-ready."""
-    from understudy.target.fingerprint import fingerprint, template_hash
+    from understudy.core.hashes import template_hash
+    from understudy.target.fingerprint import fingerprint
 
     return {
         **config.model_dump(mode="json", include=set(SAME)),

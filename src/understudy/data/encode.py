@@ -18,12 +18,12 @@ either, the whole of what F adds to P is the answer.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from understudy.core.errors import UserError
+from understudy.core.hashes import template_hash
 from understudy.data.conversations import Conversation, Message
 from understudy.data.conversations import Rejected as Rejected  # whoever encodes wants it
 from understudy.data.tokens import TokenReader, TokenRow
@@ -80,7 +80,7 @@ class Encoder:
         self.tokenizer, self.max_length = tokenizer, max_length
         self.token_reader = TokenReader(tokenizer)
         self.last_turn_only, self.preformatted = last_turn_only, preformatted
-        self.template_hash = hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest()[:16]
+        self.template_hash = template_hash(tokenizer)
         # mapping characters to tokens, which the marks need, only Rust tokenizers can do
         self._marks = tokenizer.is_fast and _has_generation_block(tokenizer.get_chat_template())
         self._head = self._learn_head()

@@ -8,14 +8,13 @@ rows of other programs may lack it. A row with ids of another tokenizer is anoth
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 from understudy.core.errors import UserError
+from understudy.core.hashes import tokenizer_hash
 from understudy.data.conversations import Malformed, Rejected
 
 KEYS = ("input_ids", "loss_mask")
@@ -61,11 +60,6 @@ def parse_tokens(row: dict[str, Any]) -> TokenRow:
     return TokenRow(ids, [bool(value) for value in mask], made)
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
-    """16 hex digits of a tokenizer's vocabulary, as checkpoints record it."""
-    return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()[:16]
-
-
 class TokenReader:
     """Checks rows of ids against a tokenizer, whose vocabulary is looked at when the first one comes."""
 
@@ -73,7 +67,7 @@ class TokenReader:
         self.tokenizer = tokenizer
 
     @cached_property
-    def hash(self) -> str:
+    def hash(self) -> str | None:
         return tokenizer_hash(self.tokenizer)
 
     @cached_property

@@ -20,7 +20,8 @@ from understudy.assets import drafter_path
 from understudy.core.checkpoints import find_checkpoint
 from understudy.core.errors import UserError
 from understudy.core.files import replacing
-from understudy.target.fingerprint import check_made_for, fingerprint, template_hash
+from understudy.core.hashes import template_hash
+from understudy.target.fingerprint import check_made_for, fingerprint
 from understudy.target.target import Target
 
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"

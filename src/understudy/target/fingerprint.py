@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,21 +46,6 @@ def _sampled(weights: Tensor) -> bytes:
     values = weights.detach().flatten()
     at = torch.tensor(places(values.numel()), device=values.device)
     return values[at].to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def tokenizer_hash(tokenizer: Any) -> str | None:
-    """16 hex digits of a tokenizer's vocabulary; None without one."""
-    return None if tokenizer is None else _hash(tokenizer.get_vocab())
-
-
-def template_hash(tokenizer: Any) -> str | None:
-    """16 hex digits of a chat template; None without one."""
-    template = None if tokenizer is None else tokenizer.chat_template
-    return _hash(template) if template else None
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check_made_for(

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from understudy.core.checkpoints import find_checkpoint, steps_of
 from understudy.core.errors import UserError
+from understudy.core.hashes import template_hash, tokenizer_hash
 from understudy.drafting.objective import Batch, Objective
 from understudy.drafting.spec import Spec
-from understudy.target.fingerprint import fingerprint, template_hash, tokenizer_hash
+from understudy.target.fingerprint import fingerprint
 from understudy.target.target import Target
 from understudy.telemetry.run import RunFolder
 from understudy.telemetry.trackers import Trackers, trackers
