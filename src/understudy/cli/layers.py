@@ -26,6 +26,7 @@ from understudy.core.errors import UserError
 from understudy.core.explain import show
 from understudy.core.files import check_writable, write_json
 from understudy.data.options import DataOptions, corpus_paths, several
+from understudy.drafting.taps import MEASURED as RESULT
 
 if TYPE_CHECKING:
     from understudy.analysis.ranks import RankFile
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from understudy.drafting.objective import Batch
     from understudy.target.target import Target
 
-RESULT = "layers.json"
 READ = ("output_dir", "aggregate", "plot", "layers", "num_taps", "world_size")  # what --aggregate goes by
 # what figures follow from; given with --aggregate it has to be what the ranks were given
 SAME = ("model", "data_path", "num_samples", "max_length", "is_preformatted", "last_turn_only", "seed")

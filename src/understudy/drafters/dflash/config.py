@@ -6,8 +6,9 @@ from typing import Literal, Self
 
 import pydantic
 
-from understudy.core.config import CommaList, Config, NumberList, option
+from understudy.core.config import CommaList, Config, option
 from understudy.drafting.spec import DrafterConfig
+from understudy.drafting.taps import Taps
 
 
 class DFlashConfig(DrafterConfig):
@@ -35,10 +36,10 @@ class DFlashObjectiveConfig(Config):
         None, "decoder layers of the drafter; default: one for every seven of the target", ge=1
     )
     block_size: int = option(8, "rows of a block: the last committed token and as many drafts as rows follow", ge=2)
-    taps: NumberList = option(
+    taps: Taps = option(
         [],
-        "hidden states that the drafter reads, separated by commas: 0 = embeddings, i = output of the i-th layer; default: up to five,"
-        " spread evenly",
+        "hidden states that the drafter reads, separated by commas: i = output of the i-th layer; or a folder of `understudy layers`, for"
+        " what was proposed there; default: up to five, spread evenly",
         "layers",
     )
     target_layer_ids: CommaList = option(

@@ -6,8 +6,9 @@ from typing import Literal, Self
 
 import pydantic
 
-from understudy.core.config import Config, NumberList, option
+from understudy.core.config import Config, option
 from understudy.drafting.spec import DrafterConfig
+from understudy.drafting.taps import Taps
 
 
 class Eagle3Config(DrafterConfig):
@@ -32,9 +33,10 @@ class Eagle3Config(DrafterConfig):
 class Eagle3ObjectiveConfig(Config):
     """Options of `train eagle3`: the drafter's shape, its objective, and how it drafts while acceptance is measured."""
 
-    taps: NumberList = option(
+    taps: Taps = option(
         [],
-        "hidden states that the drafter reads, separated by commas: 0 = embeddings, i = output of the i-th layer; default: 2, L/2, L-3",
+        "hidden states that the drafter reads, separated by commas: 0 = embeddings, i = output of the i-th layer; or a folder of"
+        " `understudy layers`, for what was proposed there; default: 2, L/2, L-3",
         "layers",
     )
     draft_vocab_size: int | None = option(
