@@ -22,6 +22,7 @@ test: $(INSTALLED) ## Run every test, the slow ones too
 
 engines: $(INSTALLED) ## Serve built-in drafters and answers in vLLM: same text, as many drafts accepted (once 3 GB)
 	$(BIN)/python tests/engines/vllm_drafters.py --reduced 1024
+	$(BIN)/python tests/engines/vllm_drafters.py --method dflash
 	$(BIN)/python tests/engines/vllm_regenerate.py
 
 check: $(INSTALLED) ## Lint, formatting, types, and who may import whom

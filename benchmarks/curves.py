@@ -1,8 +1,11 @@
-"""Curves of an offline training run: loss, simulated, replayed and measured accept length, over the tokens that were read.
+"""Curves of offline training runs: loss, simulated, replayed and measured accept length, over the tokens that were read.
 
     python benchmarks/curves.py runs/eagle3 --output benchmarks/results/eagle3-train
+    python benchmarks/curves.py runs/dflash runs/dflash-more runs/dspark --output benchmarks/results/dflash-train
 
-Copies the run's settings and its figures beside the pictures, so that they can be drawn again from what is there.
+Copies each run's settings and its figures beside the pictures, so that they can be drawn again from what is there. Several runs get a
+folder each, and one picture with the measured accept length of all. A run that began with the weights of another one here
+(`--init-from`) goes on where that checkpoint was.
 """
 
 from __future__ import annotations
@@ -11,7 +14,11 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import yaml
+
+from understudy.core.checkpoints import find_checkpoint
 from understudy.core.files import write_json
 from understudy.report.plots import Series, lines
 from understudy.telemetry.run import read_table
@@ -31,44 +38,71 @@ KEPT = (
     "measured/tau_replayed",
     "measured/repeat_share",
 )
+AXIS = "millions of tokens read"
+
+
+class Run:
+    """One run's figures, and how many tokens its weights had read before."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        table = read_table(folder / "metrics" / "training.csv")
+        self.rows = [{k: float(v) for k, v in row.items() if v is not None} for row in table]
+        self.tokens_at = {row["step"]: row["train/tokens"] for row in self.rows if "train/tokens" in row} | {0.0: 0.0}
+        self.before = 0.0
+        settings: dict[str, Any] = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
+        self.start: str | None = settings.get("init_from")
+
+    def series(self, key: str) -> Series:
+        """A figure over millions of tokens."""
+        points = [
+            ((self.before + self.tokens_at[row["step"]]) / 1e6, row[key])
+            for row in self.rows
+            if key in row and row["step"] in self.tokens_at
+        ]
+        return Series(*map(list, zip(*points, strict=True)))
+
+    def keep(self, output: Path) -> dict[str, float | None]:
+        """Draw the run alone, and copy it: its last figures."""
+        output.mkdir(parents=True, exist_ok=True)
+        taus, losses = ({label: self.series(key) for label, key in keys.items()} for keys in (TAUS, LOSSES))
+        lines(output / "tau.png", taus, AXIS, "tokens per cycle", "Accept length while training")
+        lines(output / "loss.png", losses, AXIS, "loss", "Loss while training")
+        wanted = {*KEPT, *TAUS.values(), *LOSSES.values()}
+        wanted |= {
+            key
+            for row in self.rows
+            for key in row
+            if key.startswith(("train/acc_", "train/ploss_", "eval/joint_acc_", "measured/joint_"))
+        }
+        write_json(output / "curves.json", [{k: v for k, v in row.items() if k in wanted} for row in self.rows])
+        for name in ("run.yaml", "env.json"):
+            shutil.copy(self.folder / name, output / name)
+        return {key: next((row[key] for row in reversed(self.rows) if key in row), None) for key in sorted(wanted)}
+
+
+def chained(runs: list[Run]) -> None:
+    """Let every run that began with weights of an earlier one here go on at that checkpoint's tokens."""
+    for i, run in enumerate(runs):
+        for other in runs[:i]:
+            start = find_checkpoint(run.start).resolve() if run.start else None
+            if start is not None and start.is_relative_to(other.folder.resolve()):
+                run.before = other.before + other.tokens_at[float(start.name.rpartition("_")[2])]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    rows = [
-        {k: float(v) for k, v in row.items() if v is not None}
-        for row in read_table(args.run / "metrics" / "training.csv")
-    ]
-    tokens_at = {row["step"]: row["train/tokens"] for row in rows if "train/tokens" in row} | {0.0: 0.0}
-    args.output.mkdir(parents=True, exist_ok=True)
-
-    def series(names: dict[str, str]) -> dict[str, Series]:
-        """Every figure over millions of tokens."""
-        found = {}
-        for label, key in names.items():
-            points = [
-                (tokens_at[row["step"]] / 1e6, row[key]) for row in rows if key in row and row["step"] in tokens_at
-            ]
-            found[label] = Series(*map(list, zip(*points, strict=True)))
-        return found
-
-    axis = "millions of tokens read"
-    lines(args.output / "tau.png", series(TAUS), axis, "tokens per cycle", "Accept length while training")
-    lines(args.output / "loss.png", series(LOSSES), axis, "loss, summed over draft positions", "Loss while training")
-    wanted = {*KEPT, *TAUS.values(), *LOSSES.values()}
-    wanted |= {
-        key
-        for row in rows
-        for key in row
-        if key.startswith(("train/acc_", "train/ploss_", "eval/joint_acc_", "measured/joint_"))
-    }
-    write_json(args.output / "curves.json", [{k: v for k, v in row.items() if k in wanted} for row in rows])
-    for name in ("run.yaml", "env.json"):
-        shutil.copy(args.run / name, args.output / name)
-    last = {key: next((row[key] for row in reversed(rows) if key in row), None) for key in sorted(wanted)}
+    runs = [Run(folder) for folder in args.runs]
+    chained(runs)
+    if len(runs) == 1:
+        print(json.dumps(runs[0].keep(args.output)))
+        return
+    last = {run.folder.name: run.keep(args.output / run.folder.name) for run in runs}
+    measured = {run.folder.name: run.series("measured/tau") for run in runs}
+    lines(args.output / "tau.png", measured, AXIS, "tokens per cycle", "Measured accept length while training")
     print(json.dumps(last))
 
 

@@ -234,6 +234,8 @@ def test_a_start_is_taken_over_with_its_map(runs, rows, capsys, tmp_path):
     code, err = train(capsys, rows, "--init-from", str(first), "--output-dir", str(tmp_path / "x"), seed=1)
     assert code == 2 and "another target" in err and "or give --any-target to start from it all the same" in err
     runs("--init-from", str(first), "--any-target", seed=1)
+    code, err = train(capsys, rows, "--any-target", "--output-dir", str(tmp_path / "x"))
+    assert code == 2 and "--any-target is about the weights that --init-from names" in err
 
 
 def test_captured_features_train_as_live_ones_do(runs, rows, tmp_path, monkeypatch):

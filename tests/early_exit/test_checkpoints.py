@@ -12,7 +12,6 @@ from understudy.core.errors import UserError
 from understudy.core.files import write_json
 from understudy.drafters.early_exit.adapter import Adapter
 from understudy.drafters.early_exit.files import write_adapter
-from understudy.drafters.early_exit.objective import ExitObjectiveConfig, train_kangaroo
 from understudy.drafters.early_exit.saved import find
 from understudy.drafting.spec import build
 from understudy.target.fingerprint import fingerprint, places
@@ -61,10 +60,6 @@ def test_weights_of_another_target_are_refused_unless_asked_for(tmp_path):
         with pytest.raises(UserError, match=r"was trained for another target than other.*any_target=true"):
             build(text, other)
         build(f"{text},any_target=true", other)
-    start, counts = tmp_path / "checkpoints" / "step_000100", torch.zeros(0).clone
-    with pytest.raises(UserError, match=r"or give --any-target to start from it all the same"):
-        train_kangaroo(ExitObjectiveConfig(exit_layer=2), other, start, counts)
-    train_kangaroo(ExitObjectiveConfig(exit_layer=2, any_target=True), other, start, counts)
     (tmp_path / "best" / "understudy.json").write_text("{}")
     with pytest.raises(UserError, match="damaged"):
         build(f"kangaroo:{tmp_path}", target)

@@ -23,8 +23,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "steps": 6,
         "temperature": 0.0,
         "repeats": 3,
-        "drafter": ["prompt-lookup", "early-exit", "eagle3", "eagle3,tree=true"],
-        "baselines": ["none", "null", "hf", "hf-prompt-lookup", "hf-early-exit"],
+        "drafter": ["prompt-lookup", "early-exit", "eagle3", "eagle3,tree=true", "dflash"],
+        "baselines": list(BASELINES),
     },
 }
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from understudy.decoding.stats import Stats
     from understudy.target.target import Target
 
-DRAFTERS = ("none", "null", "prompt-lookup", "early-exit,exit_layer=4", "eagle3", "eagle3,tree=true")
+DRAFTERS = ("none", "null", "prompt-lookup", "early-exit,exit_layer=4", "eagle3", "eagle3,tree=true", "dflash")
 SHOWN = 2  # prompts whose answer is printed
 
 

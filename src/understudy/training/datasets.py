@@ -38,6 +38,7 @@ class OfflineOptions(DataOptions, TrainOptions):
     """Options of every offline run."""
 
     init_from: Path | None = option(None, "start from the weights of this checkpoint or run")
+    any_target: bool = option(False, "take --init-from weights that were trained for another target")
     features: Path | None = option(
         None, "folder of `understudy data capture`: its batches and hidden states are trained on"
     )

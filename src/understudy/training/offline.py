@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from understudy.core.errors import UserError
 from understudy.core.hashes import template_hash, tokenizer_hash
 from understudy.drafting.objective import Batch, Objective
 from understudy.drafting.spec import Spec
+from understudy.drafting.weights import check_trained_for
 from understudy.target.fingerprint import fingerprint
 from understudy.target.target import Target
 from understudy.telemetry.run import RunFolder
@@ -49,7 +51,7 @@ def run(spec: Spec, config: OfflineOptions, target: Target, ranks: Ranks, consol
     if folder is not None and config.resume and not folder.resumed:
         raise UserError(f"--resume: {config.output_dir} holds no run; leave --resume out to begin one there")
     seed_all(config.seed, 0)  # new weights are the same for the same seed, on every rank
-    start = None if config.init_from is None else find_checkpoint(config.init_from)
+    start = _start(config, target)
     data = _data(config, target, ranks)
     objective = spec.objective(config, target, start, data.token_counts)
     _require(config.require, objective.servable())
@@ -134,6 +136,18 @@ def _check(config: OfflineOptions, target: Target) -> None:
             f"--{unread[0].replace('_', '-')} has no meaning beside --overfit, which learns and measures whole answers to its prompts:"
             " leave it out"
         )
+
+
+def _start(config: OfflineOptions, target: Target) -> Path | None:
+    """The checkpoint whose weights training begins with. UserError if they are another target's and nobody insists."""
+    if config.init_from is None:
+        if config.any_target:
+            raise UserError("--any-target is about the weights that --init-from names: give both, or neither")
+        return None
+    start = find_checkpoint(config.init_from)
+    insist = "--any-target to start from it"
+    check_trained_for(start, target, f"the drafter in {start}", config.any_target, insist)
+    return start
 
 
 class _Nothing:

@@ -88,7 +88,6 @@ class DFlashObjectiveConfig(Config):
         "num-speculative-tokens",
         ge=1,
     )
-    any_target: bool = option(False, "take --init-from weights that were trained for another target")
 
     @pydantic.field_validator("target_layer_ids", mode="after")
     @classmethod

@@ -16,7 +16,6 @@ from understudy.drafters.dflash.layout import borrowed_mask, chosen_taps, new_la
 from understudy.drafters.dflash.model import DFlashModel
 from understudy.drafters.dflash.objective import DFlashObjective
 from understudy.drafting.objective import TokenCounts
-from understudy.drafting.weights import check_trained_for
 from understudy.target.target import Target
 
 
@@ -27,7 +26,6 @@ def train_dflash(
     if start is None:
         model = new_model(target, new_layout(target, config), config.train_embeddings)
     else:
-        check_trained_for(start, target, f"the drafter in {start}", config.any_target, "--any-target to start from it")
         model = read_drafter(start, target)
         _same(config, target, model, start)
     drafter = DFlashDrafter(target, model.to(target.device, target.dtype), DFlashConfig(steps=config.draft_steps))

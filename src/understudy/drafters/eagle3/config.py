@@ -72,7 +72,6 @@ class Eagle3ObjectiveConfig(Config):
     )
 
     draft_steps: int = option(6, "most drafts per cycle while acceptance is measured", "num-speculative-tokens", ge=1)
-    any_target: bool = option(False, "take --init-from weights that were trained for another target")
 
     @pydantic.model_validator(mode="after")
     def _one_norm(self) -> Self:

@@ -17,7 +17,6 @@ from understudy.drafters.eagle3.model import Eagle3Model
 from understudy.drafters.eagle3.objective import Eagle3Objective
 from understudy.drafters.eagle3.vocab import membership, most_frequent, offsets
 from understudy.drafting.objective import TokenCounts
-from understudy.drafting.weights import check_trained_for
 from understudy.target.target import Target
 
 
@@ -28,7 +27,6 @@ def train_eagle3(
     if start is None:
         model = new_model(target, config, new_layout(target, config), counts)
     else:
-        check_trained_for(start, target, f"the drafter in {start}", config.any_target, "--any-target to start from it")
         model = read_drafter(start, target)
         _same(config, model, start)
     drafter = Eagle3Drafter(target, model.to(target.device, target.dtype), Eagle3Config(steps=config.draft_steps))

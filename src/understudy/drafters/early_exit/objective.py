@@ -25,7 +25,6 @@ from understudy.drafters.early_exit.files import exit_layer_of, read_adapter, wr
 from understudy.drafting.lora import lora_state_dict
 from understudy.drafting.objective import Batch, Features, Objective, Predictions, StepOutput, TokenCounts
 from understudy.drafting.own_cache import top_probability
-from understudy.drafting.weights import check_trained_for
 from understudy.ops import laws
 from understudy.ops.chunks import chunked_sums
 from understudy.target.probe import probe
@@ -41,7 +40,6 @@ class ExitObjectiveConfig(Config):
     )
     draft_steps: int = option(6, "most drafts per cycle while acceptance is measured", "num-speculative-tokens", ge=1)
     loss_chunk: int = option(1024, "slots whose logits exist at the same time", ge=1)
-    any_target: bool = option(False, "take --init-from weights that were trained for another target")
     adapter_bin: bool = option(False, "also write pytorch_model.bin, which Kangaroo's own code loads")
 
 
@@ -191,8 +189,6 @@ def train_kangaroo(
             f"--exit-layer {config.exit_layer}: the target has {target.layers} layers, one must be left to verify"
         )
     probe(target, "split", config.exit_layer)
-    if start is not None:
-        check_trained_for(start, target, f"the adapter in {start}", config.any_target, "--any-target to start from it")
     adapter = Adapter.identity(target, config.exit_layer) if start is None else read_adapter(start, target)
     if start is not None and (trained := exit_layer_of(start)) not in (None, config.exit_layer):
         raise UserError(f"{start} was trained at exit layer {trained}: give --exit-layer {trained}")

@@ -1,4 +1,4 @@
-"""The drafter that ships with the built-in model: made for exactly these weights, and worth having from the first minute."""
+"""The drafters that ship with the built-in model: made for exactly these weights, and worth having from the first minute."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from understudy.drafting.weights import read_card
 from understudy.target.fingerprint import fingerprint
 from understudy.target.loading import load_target
 
+SHIPPED = ("eagle3", "dflash")
+
 
 @pytest.fixture(scope="module")
 def pocket():
     return load_target(pocket_path(), dtype="float32", check=False)
 
 
-def test_it_was_trained_for_the_model_that_ships(pocket):
-    """Whoever replaces the built-in model trains its drafter anew."""
-    card = read_card(drafter_path("eagle3"))
+@pytest.mark.parametrize("name", SHIPPED)
+def test_it_was_trained_for_the_model_that_ships(pocket, name):
+    """Whoever replaces the built-in model trains its drafters anew."""
+    card = read_card(drafter_path(name))
     assert card is not None
     assert card["target"]["fingerprint"] == fingerprint(pocket)
     assert card["text"]["tokenizer"] == tokenizer_hash(pocket.tokenizer)
@@ -31,20 +34,24 @@ def test_it_was_trained_for_the_model_that_ships(pocket):
     assert card["servable"]["vllm"] == card["servable"]["sglang"] == "ok"
 
 
-def test_the_folder_holds_what_engines_read_and_the_card_and_nothing_else():
-    names = sorted(path.name for path in drafter_path("eagle3").iterdir())
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_folder_holds_what_engines_read_and_the_card_and_nothing_else(name):
+    names = sorted(path.name for path in drafter_path(name).iterdir())
     assert names == ["config.json", "model.safetensors", "understudy.json"]
 
 
-def test_it_drafts_well_as_a_chain_and_better_as_a_tree(pocket):
+def test_they_draft_well_and_a_tree_better_than_a_chain(pocket):
     prompts = [render(pocket.tokenizer, p.messages) for p in load_prompts(prompts_path(), 3)]
-    chain, tree = (
-        measure_acceptance(pocket, build(text, pocket), prompts, 48) for text in ("eagle3", "eagle3,tree=true")
+    chain, tree, block = (
+        measure_acceptance(pocket, build(text, pocket), prompts, 48)
+        for text in ("eagle3", "eagle3,tree=true", "dflash")
     )
-    assert chain.outputs == tree.outputs
+    assert chain.outputs == tree.outputs == block.outputs
     assert 2 < chain.tau < tree.tau, "benchmarks/results has the figures; here only that it is no noise"
+    assert block.tau > 2
 
 
-def test_another_model_is_told_to_bring_its_own():
-    with pytest.raises(UserError, match=r"has no weights for .*: give a checkpoint, eagle3:DIR"):
-        build("eagle3", tiny.target("qwen3"))
+@pytest.mark.parametrize("name", SHIPPED)
+def test_another_model_is_told_to_bring_its_own(name):
+    with pytest.raises(UserError, match=rf"has no weights for .*: give a checkpoint, {name}:DIR"):
+        build(name, tiny.target("qwen3"))
