@@ -7,10 +7,15 @@ from pathlib import Path
 import pydantic
 import pytest
 
+import tiny
+from understudy.core.errors import UserError
 from understudy.core.files import write_json
+from understudy.drafters.dflash import layout as dflash
 from understudy.drafters.dflash.config import DFlashObjectiveConfig
+from understudy.drafters.eagle3 import layout as eagle3
 from understudy.drafters.eagle3.config import Eagle3ObjectiveConfig
 from understudy.drafting.taps import even
+from understudy.target.fingerprint import fingerprint
 
 MEASURED = Path(__file__).parents[1] / "benchmarks/results/layers-pocket"
 
@@ -36,6 +41,8 @@ def test_numbers_or_what_was_measured(config, given, taps):
         (None, "there is no .*layers.json"),
         ({"rank": 0}, "proposes no taps"),
         ({"taps": []}, "proposes no taps"),
+        ({"settings": {"fingerprint": "x"}, "taps": [{"taps": []}]}, "proposes no taps"),
+        ({"settings": {"fingerprint": "x"}, "taps": [{"taps": ["a"]}]}, "proposes no taps"),
         ([1], "proposes no taps"),
     ],
 )
@@ -44,6 +51,16 @@ def test_a_folder_without_a_proposal_is_refused(tmp_path, holds, said):
         write_json(tmp_path / "layers.json", holds)
     with pytest.raises(pydantic.ValidationError, match=said):
         DFlashObjectiveConfig(taps=[str(tmp_path)])
+
+
+@pytest.mark.parametrize("chosen", [dflash.chosen_taps, eagle3.chosen_taps])
+def test_what_was_measured_holds_for_that_target_only(tmp_path, chosen):
+    target = tiny.target("qwen3")
+    found = {"settings": {"fingerprint": fingerprint(target)}, "taps": [{"taps": [1, 3]}]}
+    write_json(tmp_path / "layers.json", found)
+    assert chosen(target, DFlashObjectiveConfig(taps=str(tmp_path)).asked_taps) == [1, 3]
+    with pytest.raises(UserError, match=rf"--taps {tmp_path} was measured on another target"):
+        chosen(tiny.target("llama"), Eagle3ObjectiveConfig(taps=str(tmp_path)).taps)
 
 
 def test_numbers_that_are_none_are_refused():

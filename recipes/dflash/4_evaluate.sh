@@ -3,4 +3,4 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-$UNDERSTUDY bench --model "$MODEL" --draft-model "$RUN/train" --compare --check --output-dir "$RUN/bench" "$@"
+$UNDERSTUDY bench --model "$MODEL" --draft-model "$RUN/train" --compare --check --detailed-timing --output-dir "$RUN/bench" "$@"

@@ -169,6 +169,15 @@ def test_fused_weights_follow_the_weights() -> None:
     assert drafter.model._fused_weights()[0].dtype == torch.float32
 
 
+def test_weights_that_were_loaded_in_inference_mode_draft_too() -> None:
+    """They have no version to follow, and cannot be written outside of it."""
+    with torch.inference_mode():
+        drafter = drafts.drafter(block_size=4)
+    assert drafts.proposed(drafts.at(drafter, drafts.text(9))) == drafts.proposed(
+        drafts.at(drafts.drafter(block_size=4), drafts.text(9))
+    )
+
+
 def test_fused_biases_follow_too() -> None:
     objective = reference.objective(drafts.target(), block_size=4)
     config = objective.drafter.model.config

@@ -80,6 +80,17 @@ def test_a_dropped_turn_leaves_history_with_its_question():
     assert dialogue.counts()[f"dropped: {LOOP}"] == 1 == dialogue.counts()[f"dropped: {EMPTY}"]
 
 
+def test_a_system_message_outlives_the_turn_that_is_dropped():
+    dialogue = Dialogue(talk("10", "11", "12", system="9"), 0, style(most=0.5))
+    first = dialogue.prompt
+    for _ in range(2):
+        dialogue.answer(Answer([21] * 30, "length", 0.9))
+    assert dialogue.prompt == [12 if token == 10 else token for token in first] and 9 in first
+    dialogue.answer(Answer([20, END], "stop"))
+    (row,) = dialogue.rows()
+    assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
+
+
 def test_an_answer_at_the_limit_of_repeats_is_kept():
     dialogue = Dialogue(talk("10"), 0, style(most=0.5))
     assert said(dialogue, Answer([20, END], "stop", 0.5))

@@ -67,7 +67,10 @@ class Writer:
         with memory_guard(self.target):
             slots = Slots(self.target, self.batch_size, self.style.limit)
             turns: dict[int, Turn] = {}  # by slot
-            free, more = list(range(self.batch_size)), True
+            free, more = (
+                list(range(self.batch_size))[::-1],
+                True,
+            )  # the first ones first: they need no copy of their caches
             while more or turns:
                 while free and more:
                     if (dialogue := next(waiting, None)) is None:
@@ -76,7 +79,7 @@ class Writer:
                         free.pop()
                     else:
                         yield dialogue
-                at = sorted(turns)  # all slots in order need no copy of their caches
+                at = sorted(turns)
                 if not at:
                     continue
                 logits = slots.step(at, [turns[slot].last for slot in at])

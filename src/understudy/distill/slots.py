@@ -108,9 +108,8 @@ def _padded(
 ) -> Tensor:
     count, heads, _, size = query.shape
     length, kv_heads = max(rows.lengths) + 1, keys.shape[1]
-    keys, values = keys[:, :, :length], values[:, :, :length]
-    if rows.slots != list(range(keys.shape[0])):  # only while the last texts run out
-        keys, values = keys[rows.slot_ids], values[rows.slot_ids]
+    at = slice(count) if rows.slots == list(range(count)) else rows.slot_ids  # a copy only while the last texts run out
+    keys, values = keys[at, :, :length], values[at, :, :length]
     packed = query.reshape(count, kv_heads, heads // kv_heads, size)  # the heads of a group become query rows
     mask = rows.mask(window).expand(count, kv_heads, heads // kv_heads, length)
     out = F.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scaling)

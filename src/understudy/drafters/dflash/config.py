@@ -35,7 +35,11 @@ class DFlashObjectiveConfig(Config):
     num_draft_layers: int | None = option(
         None, "decoder layers of the drafter; default: one for every seven of the target", ge=1
     )
-    block_size: int = option(8, "rows of a block: the last committed token and as many drafts as rows follow", ge=2)
+    block_size: int = option(
+        8,
+        "rows of a block: the last committed token and the drafts behind it; with --markov-rank its first row drafts too",
+        ge=2,
+    )
     taps: Taps = option(
         [],
         "hidden states that the drafter reads, separated by commas: i = output of the i-th layer; or a folder of `understudy layers`, for"

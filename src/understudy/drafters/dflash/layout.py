@@ -13,7 +13,7 @@ from transformers import Qwen3Config
 
 from understudy.core.errors import UserError
 from understudy.drafters.dflash.config import DFlashObjectiveConfig
-from understudy.drafting.taps import even
+from understudy.drafting.taps import check_measured, even
 from understudy.target.target import Target
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -32,6 +32,7 @@ def chosen_taps(target: Target, taps: Sequence[int]) -> list[int]:
     """The taps asked for, in the order of the layers, or the default ones. UserError for one that is not there."""
     if not taps:
         return default_taps(target.layers)
+    check_measured(taps, target)
     if wrong := [tap for tap in taps if not 1 <= tap < target.layers]:
         raise UserError(
             f"tap {wrong[0]} (layer {wrong[0] - 1} counted from 0): a DFlash drafter reads the outputs of layers 1 to"

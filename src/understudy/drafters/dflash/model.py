@@ -114,7 +114,7 @@ class DFlashModel(nn.Module):
         attentions = self.attentions
         parts = [p for a in attentions for m in (a.k_proj, a.v_proj, a.k_norm) for p in m.parameters()]
         # the parameters themselves are kept: an address alone may be another one's by now
-        key: list[tuple[Tensor, int, int]] = [(p, p.data_ptr(), p._version) for p in parts]
+        key: list[tuple[Tensor, int, int]] = [(p, p.data_ptr(), -1 if p.is_inference() else p._version) for p in parts]
         old = None if self._fused is None else self._fused[0]
         if old is None or not all(a is b and seen == now for (a, *seen), (b, *now) in zip(old, key, strict=True)):
             weight = torch.cat([p for a in attentions for p in (a.k_proj.weight, a.v_proj.weight)])

@@ -46,7 +46,7 @@ class Blocks:
     asked: Tensor  # [M, K] bool
     before: Tensor  # [M, K] int64: the true token before each draft
     tokens: Tensor  # [M, K] int64: the true token there
-    last: Tensor  # [M, K, D] the target's last hidden state before it
+    place: Tensor  # [M, K] int64: of the token before in the flattened batch, where the target's last state predicts the draft
 
 
 class DFlashObjective(Objective):
@@ -82,7 +82,6 @@ class DFlashObjective(Objective):
     def _blocks(self, features: Features, anchors: Tensor, real: Tensor, wanted: Tensor) -> Blocks:
         """The blocks of K drafts at `anchors` [B, N] that are `real`; `wanted` [K, B, T]."""
         model, batch, drafts = self.drafter.model, features.batch, len(wanted)
-        assert features.last is not None
         taps = torch.cat([features.taps[tap] for tap in model.taps], -1)
         states = model.blocks(taps, batch, anchors, drafts + model.first)[real][:, model.first :]
         row = torch.arange(len(anchors), device=anchors.device)[:, None]
@@ -92,12 +91,12 @@ class DFlashObjective(Objective):
         # what is not asked for may lie outside the batch
         before = torch.where(asks, at[:, None] + steps, 0)
         ids = batch.ids.flatten()
-        return Blocks(
-            at, states, asks, ids[before], ids[torch.where(asks, before + 1, 0)], features.last.flatten(0, 1)[before]
-        )
+        return Blocks(at, states, asks, ids[before], ids[torch.where(asks, before + 1, 0)], before)
 
-    def _teacher(self, last: Tensor) -> Tensor:
-        """[.., D] -> the target's logits [.., V] in fp32."""
+    def _teacher(self, features: Features, place: Tensor) -> Tensor:
+        """The target's logits [.., V] in fp32 after the tokens at `place` [..] of the flattened batch."""
+        assert features.last is not None
+        last = features.last.flatten(0, 1)[place]
         # outside autocast: the target's own numbers are what decoding compares with
         with torch.no_grad(), torch.autocast(last.device.type, enabled=False):
             logits = self.drafter.target.head(last.flatten(0, -2)).to(last.device).float()
@@ -146,9 +145,9 @@ class DFlashObjective(Objective):
         taught = taught or not self.training
         right = torch.zeros_like(found.asked)
 
-        def sums(index: Tensor, states: Tensor, asks: Tensor, before: Tensor, tokens: Tensor, last: Tensor) -> Tensor:
+        def sums(index: Tensor, states: Tensor, asks: Tensor, before: Tensor, tokens: Tensor, place: Tensor) -> Tensor:
             logits, sure = self._logits(states, before)
-            teacher = self._teacher(last) if taught else None
+            teacher = self._teacher(features, place) if taught else None
             best = tokens if teacher is None else teacher.argmax(-1)
             label = best if config.teacher == "target" else tokens
             with torch.autocast(logits.device.type, enabled=False):
@@ -175,7 +174,7 @@ class DFlashObjective(Objective):
 
         index = torch.arange(len(found.at), device=found.at.device)
         chunk = max(1, config.loss_chunk // drafts)
-        flat = chunked_sums(sums, chunk, index, found.states, found.asked, found.before, found.tokens, found.last)
+        flat = chunked_sums(sums, chunk, index, found.states, found.asked, found.before, found.tokens, found.place)
         total, weight, parts = flat[0], flat[1].detach(), flat[2:].detach().view(3, -1)
         metrics = self._metrics(found, parts, right, batch)
         return StepOutput(total, found.asked.sum(), metrics, weight)
@@ -222,7 +221,7 @@ class DFlashObjective(Objective):
             for piece in torch.arange(len(found.at), device=found.at.device).split(
                 max(1, self.config.loss_chunk // drafts)
             ):
-                parts.append(self._said(found, piece))
+                parts.append(self._said(features, found, piece))
         if not parts:
             empty = torch.zeros(0, dtype=torch.int64, device=batch.ids.device)
             parts = [(empty, *(torch.zeros(0, drafts, device=empty.device) for _ in range(5)), empty[:, None])]
@@ -241,9 +240,9 @@ class DFlashObjective(Objective):
             states[by_place],
         )
 
-    def _said(self, found: Blocks, piece: Tensor) -> tuple[Tensor, ...]:
+    def _said(self, features: Features, found: Blocks, piece: Tensor) -> tuple[Tensor, ...]:
         logits, _ = self._logits(found.states[piece], found.before[piece])
-        q, best = logits.softmax(-1), self._teacher(found.last[piece]).argmax(-1)
+        q, best = logits.softmax(-1), self._teacher(features, found.place[piece]).argmax(-1)
         conf, said = q.max(-1)
         meant = q.gather(-1, best[..., None])[..., 0]
         return found.at[piece], found.asked[piece], said, best, conf, meant, found.states[piece, 0]

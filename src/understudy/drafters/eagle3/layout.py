@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 
 from understudy.core.errors import UserError
 from understudy.drafters.eagle3.config import Eagle3ObjectiveConfig
+from understudy.drafting.taps import check_measured
 from understudy.target.target import Target
 
 FLAGS = ("fc_norm", "norm_before_fc", "norm_output", "norm_before_residual")
@@ -32,6 +33,7 @@ def chosen_taps(target: Target, taps: Sequence[int]) -> list[int]:
     """The taps of the options, or the default ones. UserError for one that is not there."""
     if not taps:
         return default_taps(target.layers)
+    check_measured(taps, target)
     if wrong := [tap for tap in taps if not 0 <= tap < target.layers]:
         raise UserError(
             f"--taps {wrong[0]}: taps are 0 (embeddings) to {target.layers - 1}; what the last layer puts out is read after the norm"
