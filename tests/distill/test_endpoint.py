@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import threading
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +24,13 @@ from understudy.target.params import SamplingParams
 def pauses(monkeypatch) -> list[float]:
     """Seconds that were slept between tries; nobody really sleeps."""
     slept: list[float] = []
-    monkeypatch.setattr(endpoint, "time", SimpleNamespace(sleep=slept.append))
+
+    class Quick(threading.Event):
+        def wait(self, timeout=None):
+            slept.append(timeout)
+            return self.is_set()
+
+    monkeypatch.setattr(endpoint, "Event", Quick)
     return slept
 
 

@@ -50,22 +50,34 @@ def there(
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     try:
-        config = AutoConfig.from_pretrained(model, **hub).get_text_config()
+        config = AutoConfig.from_pretrained(model, **hub)
         tokenizer = AutoTokenizer.from_pretrained(model, **hub)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"cannot read configuration and tokenizer of {model}: {str(error).partition(chr(10))[0]}"
         ) from None
+    place = {"revision": hub.get("revision")}  # of what it does not know, a generation config makes fields
     try:
-        generation = GenerationConfig.from_pretrained(model, **hub)
-    except OSError:
-        generation = GenerationConfig.from_model_config(config)
-    eos = generation.eos_token_id
-    stops = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-    most = min(getattr(config, "max_position_embeddings", None) or 2**31, server.longest or 2**31)
+        generation = GenerationConfig.from_pretrained(model, **place)
+    except OSError:  # as a model does that is loaded without one
+        generation = GenerationConfig.from_pretrained(
+            model, config_file_name="config.json", _from_model_config=True, **place
+        )
+    text = config.get_text_config()
+    stops = _eos_ids(generation, config, text)
+    most = min(getattr(text, "max_position_embeddings", None) or 2**31, server.longest or 2**31)
     style, law, made = _manner(tokenizer, stops, most, generation, **manner)
     answers = RemoteWriter(server, law, style, max_new_tokens, concurrency)
     return Author(answers, style, law, {"target": None, "endpoint_model": server.model, **made})
+
+
+def _eos_ids(*sources: Any) -> tuple[int, ...]:
+    """Stop tokens by the first of the configs that names any, as `Target.eos_ids` has them."""
+    for source in sources:
+        eos = getattr(source, "eos_token_id", None)
+        if eos is not None:
+            return tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)
+    return ()
 
 
 def _manner(

@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 import os
 import random
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from queue import SimpleQueue
+from threading import Event, Thread
 from typing import Any
 
 import httpx
@@ -33,6 +33,9 @@ class Failed(Exception):
     """Why one request has no answer."""
 
 
+Reply = tuple[Dialogue, tuple[list[int], str] | BaseException]  # whose, and what `Server.complete` returned or raised
+
+
 class Server:
     """One model behind a completions route.
 
@@ -45,7 +48,7 @@ class Server:
     ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
         self.retries = retries
-        self.closed = False
+        self.closed = Event()
         headers = {}
         if key_env is not None:
             if key_env not in os.environ:
@@ -84,7 +87,7 @@ class Server:
         body = {"model": self.model, "prompt": prompt, "max_tokens": length, "return_token_ids": True, **options}
         reason = "it was given up"
         for attempt in range(self.retries + 1):
-            if self.closed:
+            if self.closed.is_set():
                 break
             pause = min(2.0**attempt, LONGEST_WAIT)
             try:
@@ -100,14 +103,13 @@ class Server:
                 if answer.status_code not in (408, 429) and answer.status_code < 500:
                     raise Failed(reason)
                 pause = _asked_pause(answer) or pause
-            if attempt < self.retries and not self.closed:
-                time.sleep(pause * (0.5 + random.random() / 2))  # many clients should not come back at once
+            if attempt < self.retries:
+                self.closed.wait(pause * (0.5 + random.random() / 2))  # many clients should not come back at once
         raise Failed(f"{reason}, {self.retries + 1} times")
 
     def close(self) -> None:
-        """Give up the requests under way, and make no more."""
-        self.closed = True
-        self.client.close()
+        """Make no more requests, and wait for no other try. One under way cannot be woken: it ends by its answer or by the timeout."""
+        self.closed.set()
 
     def _read(self, answer: httpx.Response, prompt: list[int]) -> tuple[list[int], str]:
         try:
@@ -144,30 +146,33 @@ class RemoteWriter:
         UserError when more requests in a row fail than are under way at once: then it is the server.
         """
         waiting, ready = iter(dialogues), deque[Dialogue]()
-        asked: dict[Future[tuple[list[int], str]], Dialogue] = {}
-        failures, why = 0, ""
-        pool = ThreadPoolExecutor(self.concurrency)
+        replies: SimpleQueue[Reply] = SimpleQueue()
+        asked, failures, why = 0, 0, ""
         try:
             while True:
-                while len(asked) < self.concurrency:
+                while asked < self.concurrency:
                     dialogue = ready.popleft() if ready else next(waiting, None)
                     if dialogue is None:
                         break
                     if dialogue.prompt is None:
                         yield dialogue
                     else:
-                        asked[pool.submit(self._ask, dialogue, dialogue.prompt)] = dialogue
+                        # A daemon: an executor's threads are waited for at the end of the process, and a request may last long.
+                        Thread(target=self._ask, args=(dialogue, dialogue.prompt, replies), daemon=True).start()
+                        asked += 1
                 if not asked:
                     return
-                for future in wait(asked, return_when=FIRST_COMPLETED).done:
-                    dialogue = asked.pop(future)
-                    try:
-                        self._take(dialogue, *future.result())
-                        failures = 0
-                    except Failed as error:
-                        why, failures = str(error), failures + 1
-                        dialogue.failure, dialogue.prompt = why, None
-                    ready.append(dialogue)  # its next turn goes before another conversation
+                dialogue, said = replies.get()
+                asked -= 1
+                try:
+                    if isinstance(said, BaseException):
+                        raise said
+                    self._take(dialogue, *said)
+                    failures = 0
+                except Failed as error:
+                    why, failures = str(error), failures + 1
+                    dialogue.failure, dialogue.prompt = why, None
+                ready.append(dialogue)  # its next turn goes before another conversation
                 if failures > self.concurrency:
                     raise UserError(
                         f"{failures} requests in a row failed, the last one so: {why}; the same command goes on"
@@ -175,13 +180,17 @@ class RemoteWriter:
         finally:
             if asked:  # somebody stopped, or the server is gone: nobody waits for what is under way
                 self.server.close()
-            pool.shutdown(wait=not asked, cancel_futures=True)
 
-    def _ask(self, dialogue: Dialogue, prompt: list[int]) -> tuple[list[int], str]:
-        options = dict(self.options)
-        if self.law.temperature:
-            options["seed"] = derive(self.law.seed, dialogue.number, dialogue.turn) % 2**31
-        return self.server.complete(prompt, min(self.max_new_tokens, self.style.limit - len(prompt)), options)
+    def _ask(self, dialogue: Dialogue, prompt: list[int], replies: SimpleQueue[Reply]) -> None:
+        said: tuple[list[int], str] | BaseException
+        try:
+            options = dict(self.options)
+            if self.law.temperature:
+                options["seed"] = derive(self.law.seed, dialogue.number, dialogue.turn) % 2**31
+            said = self.server.complete(prompt, min(self.max_new_tokens, self.style.limit - len(prompt)), options)
+        except BaseException as error:  # whatever it is: who waits for a reply gets one
+            said = error
+        replies.put((dialogue, said))
 
     def _take(self, dialogue: Dialogue, ids: list[int], finished: str) -> None:
         self.written += len(ids)
