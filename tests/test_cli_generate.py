@@ -211,9 +211,10 @@ def test_demo_of_another_model_leaves_out_what_does_not_fit(capsys, tmp_path):
     args = ("demo", "--model", str(model), "--num-prompts", "1", "--max-new-tokens", "4", "--learn-seconds", "0")
     code, out, _ = run(capsys, *args)
     lines = [line for line in out.splitlines() if line.startswith("left out: ")]
-    assert code == 0 and len(lines) == 2, out
+    assert code == 0 and len(lines) == 3, out
     assert lines[0].startswith("left out: early-exit,exit_layer=4 (")  # it has 4 layers
     assert lines[1].startswith("left out: eagle3 and eagle3,tree=true (drafter eagle3 has no weights for ")
+    assert lines[2].startswith("left out: dflash (drafter dflash has no weights for ")
     assert "prompt-lookup" in out and out.count("eagle3,tree=true") == 1
     assert "drafter eagle3 has no weights for" in refused(capsys, *args, "--drafter", "eagle3")
 

@@ -23,7 +23,7 @@ from understudy.core.errors import UserError
 from understudy.core.explain import Given, explain
 from understudy.core.records import Cycle
 from understudy.data.conversations import Message
-from understudy.data.prompts import render
+from understudy.data.prompts import render, thinking_variables
 from understudy.decoding.engine import decode
 from understudy.decoding.listeners import Listener
 from understudy.decoding.request import DecodeParams
@@ -79,7 +79,8 @@ class Engine:
         if not all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in prompt):
             raise UserError("a prompt is text, a list of token ids, or messages with role and content")
         messages = [Message(m["role"], m["content"]) for m in prompt]  # type: ignore[index]
-        return render(self._tokenizer(), messages)
+        variables = thinking_variables(self._tokenizer(), self.target.thinking or "default")
+        return render(self._tokenizer(), messages, **variables)
 
     def text(self, ids: Sequence[int], stop: StopRule | None = None) -> str:
         """Text of new tokens, cut before a stop string, without special tokens."""
@@ -145,16 +146,24 @@ class Generation:
 
 
 def load(
-    model: str | Path | nn.Module | Target | None = None, drafter: str | Drafter = "prompt-lookup", **options: Any
+    model: str | Path | nn.Module | Target | None = None,
+    drafter: str | Drafter = "prompt-lookup",
+    *,
+    thinking: str | None = None,
+    **options: Any,
 ) -> Engine:
     """An Engine. `model`: a Hugging Face name, a folder, a loaded model, or nothing for the built-in one.
 
-    `drafter`: `NAME[:PATH][,key=value...]` or a Drafter. `options` go to `load_target`: tokenizer, dtype, device, device_map, ...
+    `drafter`: `NAME[:PATH][,key=value...]` or a Drafter. `thinking`: whether the target thinks before it answers, on, off, or as its
+    chat template has it (default); kept in `Target.thinking`. `options` go to `load_target`: tokenizer, dtype, device, device_map, ...
     """
-    if isinstance(model, Target) and options:
-        raise UserError(f"a loaded target stays as it is: {next(iter(options))} goes with a name or a folder")
+    given = options if thinking is None else {**options, "thinking": thinking}
+    if isinstance(model, Target) and given:
+        raise UserError(f"a loaded target stays as it is: {next(iter(given))} goes with a name or a folder")
     if not isinstance(model, Target):
         model = load_target(pocket_path() if model is None or model == POCKET else model, **options)
+        thinking_variables(model.tokenizer, thinking or "default")  # refuses what the template cannot do
+    model.thinking = thinking or model.thinking or "default"
     built = build(drafter, model) if isinstance(drafter, str) else drafter
     learner = learner_of(built)
     return Engine(model, built, () if learner is None else (learner,))

@@ -56,6 +56,10 @@ class BenchConfig(AlignTelemetryParams):
     prompts: Path | None = option(None, "JSON Lines file of prompts; default: the built-in set")
     num_prompts: int | None = option(None, "prompts to use, from the first on; default: all", "num-samples", ge=1)
     max_new_tokens: int = option(128, "most new tokens per prompt", "max-tokens", ge=1)
+    thinking: Literal["on", "off", "default"] = option(
+        "default",
+        "whether the target thinks before it answers (enable_thinking of its chat template); default = unsaid",
+    )
     ignore_eos: bool = option(False, "go on after stop tokens, so that every output has the full length")
     repeats: int = option(3, "times that every prompt is run; the median repeat counts", ge=1)
 

@@ -28,7 +28,7 @@ from understudy.bench.watch import watched
 from understudy.core.errors import UserError
 from understudy.core.files import write_json, write_text
 from understudy.core.provenance import environment
-from understudy.data.prompts import Prompt, load_prompts, render
+from understudy.data.prompts import Prompt, load_prompts, render, thinking_variables
 from understudy.target.memory import memory_guard
 from understudy.target.target import Target
 
@@ -54,8 +54,10 @@ def run(
     """Measure, print and write: (results, exit code). `asked` stands for `read_prompts`; `defaults` are draft options."""
     asked = read_prompts(config) if asked is None else asked
     path = Path(config.prompts or prompts_path())
+    target.thinking = config.thinking  # what drafters that were trained in another mode are warned of by
+    variables = thinking_variables(target.tokenizer, config.thinking)
     with memory_guard(target):
-        prompts = [render(target.tokenizer, prompt.messages) for prompt in asked]
+        prompts = [render(target.tokenizer, prompt.messages, **variables) for prompt in asked]
         results, turns = bench(config, target, prompts, **defaults)
     file = str(config.prompts) if config.prompts else "the built-in set"
     results["env"]["prompts"] |= {"file": file, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}

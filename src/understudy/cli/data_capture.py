@@ -78,20 +78,24 @@ def _capture(
     """Capture one set of files."""
     import hashlib
 
+    from understudy.data.report import inspect
     from understudy.data.stream import open_stream
     from understudy.drafting.objective import Batch
     from understudy.features.capture import capture
+    from understudy.training.datasets import REPORT_ROWS, thinking_of
 
     tokenizer = target.tokenizer
     stream = open_stream(
         config, list(paths), tokenizer, batch_size=config.batch_size, seed=config.seed, stop_ids=target.eos_ids
     )
     corpus = stream.corpus
+    thinking = thinking_of(inspect(corpus, stream.encoder, REPORT_ROWS))
     settings = {
         "lines": len(corpus),
         "bytes": corpus.bytes,
         "chat_template": hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest()[:16],
         **config.model_dump(include={"max_length", "is_preformatted", "last_turn_only", "pack", "batch_size", "seed"}),
+        **({} if thinking == "default" else {"thinking": thinking}),  # `Manifest.thinking` reads it
     }
     manifest = capture(
         (Batch(*packed.tensors()) for packed in stream),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from understudy.cli.common import DraftOptions, ModelOptions, draft_defaults, given, load
 from understudy.cli.options import config_command
@@ -36,6 +36,10 @@ class GenerateConfig(SamplingParams, DecodeParams, AlignTelemetryParams, DraftOp
     interactive: bool = option(False, "a conversation at the terminal; /reset starts over, Ctrl-D ends it")
     system: str | None = option(None, "system message")
     raw: bool = option(False, "continue the text as it is, without the chat template")
+    thinking: Literal["on", "off", "default"] = option(
+        "default",
+        "whether the target thinks before it answers (enable_thinking of its chat template); default = unsaid",
+    )
     num_prompts: int | None = option(
         None, "prompts of --file (default all) or of the built-in set (default 1)", "num-samples", ge=1
     )
@@ -73,6 +77,7 @@ def command(config: GenerateConfig) -> None:
     defaults = draft_defaults(config, [config.drafter]) | {"steps": config.steps}
     folder = None if config.output_dir is None else RunFolder(config.output_dir)
     target = load(config)
+    target.thinking = None if config.raw else config.thinking
     drafter = build(config.drafter, target, **defaults)
     console = Console(highlight=False)
     few = [_ids(Engine(target, drafter), config, prompt) for prompt in prompts[:PLAIN_PROMPTS]]
@@ -122,6 +127,8 @@ def _check(config: GenerateConfig) -> None:
     """Options that would be ignored where they stand are errors."""
     if config.interactive and (config.n > 1 or config.raw or config.output or config.num_prompts):
         raise UserError("--interactive takes no --n, --raw, --output or --num-prompts")
+    if config.raw and config.thinking != "default":
+        raise UserError("--raw leaves the chat template out, which is what --thinking switches: give one of them")
     listed = config.prompt is None and (config.file is None or config.file.suffix in (".jsonl", ".json"))
     if config.num_prompts and not listed:
         raise UserError("--num-prompts goes with a .jsonl file of prompts or with the built-in set")
@@ -157,14 +164,15 @@ def _options(config: GenerateConfig) -> dict[str, Any]:
 
 
 def _ids(engine: Engine, config: GenerateConfig, prompt: Prompt) -> list[int]:
-    from understudy.data.prompts import render
+    from understudy.data.prompts import render, thinking_variables
 
     if engine.target.tokenizer is None:
         raise UserError(f"{config.model} has no tokenizer: text cannot be turned into tokens")
     if config.raw:
         text = "\n".join(m.content for m in prompt.messages)
         return list(engine.target.tokenizer(text)["input_ids"])
-    return render(engine.target.tokenizer, prompt.messages)
+    variables = thinking_variables(engine.target.tokenizer, config.thinking)
+    return render(engine.target.tokenizer, prompt.messages, **variables)
 
 
 def _answer(engine: Engine, config: GenerateConfig, console: Console, prompt: Prompt, index: int) -> dict[str, Any]:
@@ -205,11 +213,12 @@ def _converse(engine: Engine, config: GenerateConfig, console: Console, notes: l
     """Turns at the terminal. What the new conversation shares with the cache is not run again."""
     from understudy.cli.text import Printer, common_prefix, statistics
     from understudy.data.conversations import Message
-    from understudy.data.prompts import render
+    from understudy.data.prompts import render, thinking_variables
     from understudy.decoding.engine import decode
     from understudy.decoding.stats import Stats
     from understudy.target.memory import memory_guard
 
+    variables = thinking_variables(engine.target.tokenizer, config.thinking)
     system = [Message("system", config.system)] if config.system else []
     rule = engine.stop_rule(config.stop, config.ignore_eos)
     messages, sequence = list(system), engine.sequence(stop=rule, **_options(config))
@@ -223,7 +232,7 @@ def _converse(engine: Engine, config: GenerateConfig, console: Console, notes: l
         if not text or text == "/reset":
             continue
         messages.append(Message("user", text))
-        ids = render(engine.target.tokenizer, messages)
+        ids = render(engine.target.tokenizer, messages, **variables)
         keep = min(common_prefix(sequence.tokens, ids), len(ids) - 1)
         sequence.rewind(keep)
         printer, stats = Printer(console, engine.target.tokenizer, rule), Stats()

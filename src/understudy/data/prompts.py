@@ -79,12 +79,15 @@ def _from_template(tokenizer: Any, messages: Sequence[Message], variables: dict[
 
 
 def thinking_variables(tokenizer: Any, thinking: str) -> dict[str, Any]:
-    """What the chat template is handed for `thinking` on, off or default. UserError if it would not read it."""
+    """What the chat template is handed for `thinking` on, off or default. UserError for others, or if it would not read it."""
     if thinking == "default":
         return {}
+    if thinking not in ("on", "off"):
+        raise UserError(f"thinking is on, off or default (got {thinking!r})")
     import jinja2
 
-    tokens = jinja2.Environment().lex(tokenizer.get_chat_template())
+    template = tokenizer.get_chat_template() if getattr(tokenizer, "chat_template", None) else ""
+    tokens = jinja2.Environment().lex(template)
     if all((kind, value) != ("name", VARIABLE) for _, kind, value in tokens):
         raise UserError(
             f"--thinking {thinking}: the model's chat template has no {VARIABLE}, so it cannot be switched; leave --thinking out"

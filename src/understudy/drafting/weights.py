@@ -190,13 +190,21 @@ def check_trained_for(
 
     `insist`: how the user says `anyway` here, and what happens then.
 
-    A drafter that was trained with another chat template, or another thinking mode, drafts badly, and nothing else shows it.
+    A drafter that was trained with another chat template, or another thinking mode, drafts badly, and nothing else shows it. The
+    mode is compared where the card names one and `target.thinking` says how prompts are rendered.
     """
     check_made_for(made_for(folder), target, what, anyway, insist)
-    trained = ((read_card(folder) or {}).get("text") or {}).get("chat_template")
-    here = template_hash(target.tokenizer)
+    text = (read_card(folder) or {}).get("text") or {}
+    trained, here = text.get("chat_template"), template_hash(target.tokenizer)
     if trained is not None and here is not None and trained != here:
         warning = "its chat template is not the one of this tokenizer: expect fewer accepted drafts on chats"
+        print(f"warning: {what}: {warning}", file=sys.stderr, flush=True)
+    mode = text.get("thinking")
+    if mode in ("on", "off") and target.thinking not in (None, mode):
+        warning = (
+            f"it was trained on answers with thinking {mode}, and prompts are rendered with thinking {target.thinking}: where these"
+            f" differ, expect fewer accepted drafts; --thinking {mode} renders them as in training"
+        )
         print(f"warning: {what}: {warning}", file=sys.stderr, flush=True)
 
 

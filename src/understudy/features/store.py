@@ -56,6 +56,11 @@ class Manifest(Config):
     def needs(self) -> Needs:
         return Needs(taps=frozenset(self.taps), last=self.last)
 
+    @property
+    def thinking(self) -> str:
+        """The thinking mode that the data were written in: on, off, or the template's default, where the settings name none."""
+        return str(self.settings.get("thinking", "default"))
+
 
 def shard_name(index: int) -> str:
     return f"shard-{index:05d}.safetensors"

@@ -25,6 +25,7 @@ class Target:
         if missing := [part for part in ("layers", "norm", "embed_tokens") if not hasattr(decoder, part)]:
             raise UserError(f"{type(model).__name__} is not supported: its decoder has no .{missing[0]}")
         self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
+        self.thinking: str | None = None  # the mode that prompts are rendered in: on, off, default; None = nobody says
         self.decoder, self.config = decoder, decoder.config
         self.layers = len(decoder.layers)
         self.hidden_size: int = self.config.hidden_size
