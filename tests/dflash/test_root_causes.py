@@ -228,7 +228,7 @@ def test_masks_and_labels_off_by_one():
 
         return fault
 
-    for fault in (moved(last=1), moved(tokens=1)):  # the teacher, the label of one draft further
+    for fault in (moved(place=1), moved(tokens=1)):  # the teacher, the label of one draft further
         with planted(DFlashObjective, "_blocks", fault):
             check_toy()
 
