@@ -76,24 +76,23 @@ def _capture(
     config: CaptureOptions, target: Target, source: LiveFeatures, paths: Iterable[Path], folder: Path
 ) -> dict[str, int | bool]:
     """Capture one set of files."""
-    import hashlib
-
+    from understudy.core.hashes import template_hash
     from understudy.data.report import inspect
     from understudy.data.stream import open_stream
     from understudy.drafting.objective import Batch
     from understudy.features.capture import capture
-    from understudy.training.datasets import REPORT_ROWS, thinking_of
+    from understudy.training.datasets import REPORT_ROWS
 
     tokenizer = target.tokenizer
     stream = open_stream(
         config, list(paths), tokenizer, batch_size=config.batch_size, seed=config.seed, stop_ids=target.eos_ids
     )
     corpus = stream.corpus
-    thinking = thinking_of(inspect(corpus, stream.encoder, REPORT_ROWS))
+    thinking = inspect(corpus, stream.encoder, REPORT_ROWS).thinking_mode
     settings = {
         "lines": len(corpus),
         "bytes": corpus.bytes,
-        "chat_template": hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest()[:16],
+        "chat_template": template_hash(tokenizer),
         **config.model_dump(include={"max_length", "is_preformatted", "last_turn_only", "pack", "batch_size", "seed"}),
         **({} if thinking == "default" else {"thinking": thinking}),  # `Manifest.thinking` reads it
     }

@@ -85,6 +85,12 @@ class DataReport:
     def supervised_fraction(self) -> float:
         return self.supervised / self.tokens if self.tokens else 0.0
 
+    @property
+    def thinking_mode(self) -> str:
+        """The one thinking mode of the rows that were looked at, on or off; `default` if they have several, or say none."""
+        alone = sum(self.thinking.values()) == self.documents  # ordinary conversations are rendered by the default
+        return next(iter(self.thinking)) if len(self.thinking) == 1 and alone else "default"
+
     def coverage(self) -> dict[int, float]:
         """Draft vocabulary size -> share of the supervised tokens inside it."""
         return {size: coverage(self.counts, size) for size in self.draft_vocab_sizes}

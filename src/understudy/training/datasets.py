@@ -193,7 +193,7 @@ class FileData(TrainingData):
 
     @property
     def thinking(self) -> str:
-        return thinking_of(self._inspect(max([REPORT_ROWS, *self._reports])))
+        return self._inspect(max([REPORT_ROWS, *self._reports])).thinking_mode
 
     def _warn_of(self, report: DataReport, console: Console) -> None:
         """Rows that another target wrote teach what this one does not say. Rows of a server name no weights."""
@@ -263,13 +263,6 @@ class ShardData(TrainingData):
             console.print(f"{self.folder}: {manifest.tokens:,} captured tokens, {manifest.supervised:,} supervised")
         told = {"tokens": manifest.tokens, "supervised": manifest.supervised}
         return told, len(self.stored) // self.ranks.world
-
-
-def thinking_of(report: DataReport) -> str:
-    """The one thinking mode of the rows that were looked at, on or off; `default` if they have several, or say none."""
-    modes = set(report.thinking)
-    alone = sum(report.thinking.values()) == report.documents  # ordinary conversations are rendered by the default
-    return modes.pop() if len(modes) == 1 and alone else "default"
 
 
 def fitting_prompts(
