@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 import pydantic
 
 from understudy.core.config import option, split_commas
+from understudy.data.options import ThinkingOptions
 from understudy.telemetry.options import AlignTelemetryParams
 
 Baseline = Literal["none", "null", "hf", "hf-prompt-lookup", "hf-early-exit", "hf-dflash"]
@@ -40,7 +41,7 @@ def _listed(value: Any) -> Any:
     return list(dict.fromkeys(names))
 
 
-class BenchConfig(AlignTelemetryParams):
+class BenchConfig(AlignTelemetryParams, ThinkingOptions):
     """Who is compared on what, and how. Which model, and how it is loaded, the command line adds (`understudy.cli.bench`)."""
 
     drafter: list[str] = option(
@@ -56,10 +57,6 @@ class BenchConfig(AlignTelemetryParams):
     prompts: Path | None = option(None, "JSON Lines file of prompts; default: the built-in set")
     num_prompts: int | None = option(None, "prompts to use, from the first on; default: all", "num-samples", ge=1)
     max_new_tokens: int = option(128, "most new tokens per prompt", "max-tokens", ge=1)
-    thinking: Literal["on", "off", "default"] = option(
-        "default",
-        "whether the target thinks before it answers (enable_thinking of its chat template); default = unsaid",
-    )
     ignore_eos: bool = option(False, "go on after stop tokens, so that every output has the full length")
     repeats: int = option(3, "times that every prompt is run; the median repeat counts", ge=1)
 

@@ -12,7 +12,7 @@ from understudy.cli.common import ModelOptions, given, load, on_own_device, plac
 from understudy.cli.options import config_command
 from understudy.core.config import Config, option
 from understudy.core.errors import UserError
-from understudy.data.options import FileOptions, corpus_paths
+from understudy.data.options import FileOptions, ThinkingOptions, corpus_paths
 
 if TYPE_CHECKING:
     from understudy.distill.author import Author
@@ -45,17 +45,13 @@ class EndpointOptions(Config):
     retries: int = option(5, "tries after a request has failed for a passing reason", ge=0)
 
 
-class RegenerateOptions(FileOptions, ModelOptions, LawOptions, EndpointOptions):
+class RegenerateOptions(FileOptions, ModelOptions, LawOptions, EndpointOptions, ThinkingOptions):
     """Options of `understudy data regenerate`."""
 
     output_dir: Path = option(
         ..., "folder for the rows; the same command goes on where it was stopped", "output", "outdir"
     )
     split: Literal["train", "eval"] = option("train", "which data to answer: those to train on or those to evaluate on")
-    thinking: Literal["on", "off", "default"] = option(
-        "default",
-        "whether the target thinks before it answers (enable_thinking of its chat template); default = unsaid",
-    )
     max_new_tokens: int = option(512, "tokens of an answer at most; longer ones are cut and kept", ge=1)
     max_repeat_share: float = option(
         0.5,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from understudy.cli.common import DraftOptions, ModelOptions, draft_defaults, given, load
 from understudy.cli.options import config_command
 from understudy.core.config import option
 from understudy.core.errors import UserError
 from understudy.core.files import check_writable, write_text
+from understudy.data.options import ThinkingOptions
 from understudy.decoding.request import DecodeParams
 from understudy.target.params import SamplingParams
 from understudy.telemetry.options import AlignTelemetryParams
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from understudy.drafting.protocols import Drafter
 
 
-class GenerateConfig(SamplingParams, DecodeParams, AlignTelemetryParams, DraftOptions, ModelOptions):
+class GenerateConfig(SamplingParams, DecodeParams, AlignTelemetryParams, DraftOptions, ModelOptions, ThinkingOptions):
     """Options of `understudy generate`."""
 
     drafter: str = option("prompt-lookup", "NAME[:PATH][,key=value...]; none = plain decoding")
@@ -36,10 +37,6 @@ class GenerateConfig(SamplingParams, DecodeParams, AlignTelemetryParams, DraftOp
     interactive: bool = option(False, "a conversation at the terminal; /reset starts over, Ctrl-D ends it")
     system: str | None = option(None, "system message")
     raw: bool = option(False, "continue the text as it is, without the chat template")
-    thinking: Literal["on", "off", "default"] = option(
-        "default",
-        "whether the target thinks before it answers (enable_thinking of its chat template); default = unsaid",
-    )
     num_prompts: int | None = option(
         None, "prompts of --file (default all) or of the built-in set (default 1)", "num-samples", ge=1
     )

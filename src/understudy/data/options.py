@@ -1,10 +1,10 @@
-"""The options of every trainer that say what it is trained on. Imports no torch."""
+"""Options that say what is read and how it is rendered, for every command that does. Imports no torch."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -15,6 +15,15 @@ from understudy.core.errors import UserError
 def several(value: Any) -> Any:
     """One path where several may stand."""
     return [value] if isinstance(value, str | Path) else value
+
+
+class ThinkingOptions(Config):
+    """How prompts are rendered."""
+
+    thinking: Literal["on", "off", "default"] = option(
+        "default",
+        "whether the target thinks before it answers (enable_thinking of its chat template); default = unsaid",
+    )
 
 
 class FileOptions(Config):
