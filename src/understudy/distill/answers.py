@@ -67,10 +67,8 @@ class Writer:
         with memory_guard(self.target):
             slots = Slots(self.target, self.batch_size, self.style.limit)
             turns: dict[int, Turn] = {}  # by slot
-            free, more = (
-                list(range(self.batch_size))[::-1],
-                True,
-            )  # the first ones first: they need no copy of their caches
+            free = list(reversed(range(self.batch_size)))  # the first ones first: those need no copy of their caches
+            more = True
             while more or turns:
                 while free and more:
                     if (dialogue := next(waiting, None)) is None:

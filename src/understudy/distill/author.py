@@ -14,7 +14,7 @@ from understudy.distill.dialogue import Dialogue, Style
 from understudy.distill.endpoint import RemoteWriter, Server
 from understudy.target.fingerprint import fingerprint
 from understudy.target.params import SamplingParams, params_from_generation_config
-from understudy.target.target import Target
+from understudy.target.target import Target, stop_ids
 
 
 class Answers(Protocol):
@@ -64,20 +64,11 @@ def there(
             model, config_file_name="config.json", _from_model_config=True, **place
         )
     text = config.get_text_config()
-    stops = _eos_ids(generation, config, text)
+    stops = stop_ids(generation, config, text)  # as `Target.eos_ids`
     most = min(getattr(text, "max_position_embeddings", None) or 2**31, server.longest or 2**31)
     style, law, made = _manner(tokenizer, stops, most, generation, **manner)
     answers = RemoteWriter(server, law, style, max_new_tokens, concurrency)
     return Author(answers, style, law, {"target": None, "endpoint_model": server.model, **made})
-
-
-def _eos_ids(*sources: Any) -> tuple[int, ...]:
-    """Stop tokens by the first of the configs that names any, as `Target.eos_ids` has them."""
-    for source in sources:
-        eos = getattr(source, "eos_token_id", None)
-        if eos is not None:
-            return tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)
-    return ()
 
 
 def _manner(

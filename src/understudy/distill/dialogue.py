@@ -137,9 +137,7 @@ class Dialogue:
                 self._drop(NO_ROOM, tokens=len(prompt))
 
     def _drop(self, reason: str, **more: Any) -> None:
-        if (
-            self._todo
-        ):  # what the turn alone is dropped for is its question: system messages before it hold for the next one too
+        if self._todo:  # with the turn goes its question only: system messages before it hold for the next one too
             self._todo[0][:0] = [message for message in self._asked if message.role == "system"]
         self.dropped.append({"turn": self.turn, "reason": reason, **more})
 

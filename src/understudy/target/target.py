@@ -14,6 +14,15 @@ from understudy.target.cache import KVCache
 from understudy.target.stages import Head, Stage
 
 
+def stop_ids(*configs: Any) -> tuple[int, ...]:
+    """Stop tokens (`eos_token_id`) by the first of the configs that names any; None stands for a config that is not there."""
+    for config in configs:
+        eos = getattr(config, "eos_token_id", None)
+        if eos is not None:
+            return tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)
+    return ()
+
+
 class Target:
     """A frozen causal LM of transformers (or the language model inside a VLM), with its tokenizer if it has one.
 
@@ -57,11 +66,7 @@ class Target:
     def eos_ids(self) -> tuple[int, ...]:
         """Stop tokens by the model's generation config, else by its config."""
         generation = getattr(self.model, "generation_config", None)
-        for source in (generation, self.model.config, self.config):
-            eos = getattr(source, "eos_token_id", None)
-            if eos is not None:
-                return tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)
-        return ()
+        return stop_ids(generation, self.model.config, self.config)
 
     def stage(self, first: int, end: int) -> Stage:
         """Layers [first, end), built once."""
