@@ -31,7 +31,9 @@ def test_dflash_from_layers_to_evaluation(tmp_path):
     trained = run("3_train.sh", *few, "--eval-num-prompts", "2", "--eval-max-new-tokens", "8")
     last = json.loads(trained.splitlines()[-1])
     assert last["step"] == 2 and last["best_tau"] >= 1
-    assert (tmp_path / "run/train/best").exists()
+    card = json.loads((tmp_path / "run/train/best/understudy.json").read_text())
+    proposed = json.loads((tmp_path / "run/layers/layers.json").read_text())["taps"][0]["taps"]
+    assert card["taps"] == proposed, "the training script takes what the first script measured"
     table = run("4_evaluate.sh", "--num-prompts", "1", "--max-new-tokens", "8", "--repeats", "1")
     assert "Standard" in table and "Speedup" in table
     assert (tmp_path / "run/bench/results.json").exists()

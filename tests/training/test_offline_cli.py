@@ -195,3 +195,21 @@ def test_rows_that_supervise_nothing_stop_the_run_before_it_starts(capsys, monke
     empty.write_text('{"prompt": "a question without an answer"}\n' * 3)
     code, _, err = train(capsys, monkeypatch, empty, "--output-dir", str(tmp_path / "run"), eval_data=False)
     assert code == 2 and "error: " in err and "answer" in err
+
+
+def test_weights_of_another_target_start_nothing_unless_asked_for(tmp_path, capsys, monkeypatch):
+    rows, first = write_rows(tmp_path / "rows.jsonl"), tmp_path / "first"
+    run(capsys, monkeypatch, rows, first)
+    card = first / "best" / "understudy.json"
+    own = json.loads(card.read_text())
+    card.write_text(json.dumps(own | {"target": own["target"] | {"fingerprint": "0" * 16}}))
+    warm = ("--init-from", str(first), "--output-dir", str(tmp_path / "warm"))
+    code, _, err = train(capsys, monkeypatch, rows, *warm)
+    assert code == 2 and "another target" in err and "or give --any-target to start from it all the same" in err
+    code, _, err = train(capsys, monkeypatch, rows, *warm, "--any-target")
+    assert code == 0, err
+    code, _, err = train(capsys, monkeypatch, rows, "--any-target", "--output-dir", str(tmp_path / "x"))
+    assert code == 2 and "--any-target is about the weights that --init-from names" in err
+    card.write_text(json.dumps(own))
+    code, _, err = train(capsys, monkeypatch, rows, "--init-from", str(first), "--output-dir", str(tmp_path / "own"))
+    assert code == 0, err
