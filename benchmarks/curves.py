@@ -1,11 +1,10 @@
 """Curves of offline training runs: loss, simulated, replayed and measured accept length, over the tokens that were read.
 
     python benchmarks/curves.py runs/eagle3 --output benchmarks/results/eagle3-train
-    python benchmarks/curves.py runs/dflash runs/dflash-more runs/dspark --output benchmarks/results/dflash-train
+    python benchmarks/curves.py runs/dflash runs/dspark --output benchmarks/results/dflash-train
 
 Copies each run's settings and its figures beside the pictures, so that they can be drawn again from what is there. Several runs get a
-folder each, and one picture with the measured accept length of all. A run that began with the weights of another one here
-(`--init-from`) goes on where that checkpoint was.
+folder each, and one picture with the measured accept length of all.
 """
 
 from __future__ import annotations
@@ -14,11 +13,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from understudy.core.checkpoints import find_checkpoint
 from understudy.core.files import write_json
 from understudy.report.plots import Series, lines
 from understudy.telemetry.run import read_table
@@ -42,21 +37,18 @@ AXIS = "millions of tokens read"
 
 
 class Run:
-    """One run's figures, and how many tokens its weights had read before."""
+    """One run's figures."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         table = read_table(folder / "metrics" / "training.csv")
         self.rows = [{k: float(v) for k, v in row.items() if v is not None} for row in table]
         self.tokens_at = {row["step"]: row["train/tokens"] for row in self.rows if "train/tokens" in row} | {0.0: 0.0}
-        self.before = 0.0
-        settings: dict[str, Any] = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
-        self.start: str | None = settings.get("init_from")
 
     def series(self, key: str) -> Series:
         """A figure over millions of tokens."""
         points = [
-            ((self.before + self.tokens_at[row["step"]]) / 1e6, row[key])
+            (self.tokens_at[row["step"]] / 1e6, row[key])
             for row in self.rows
             if key in row and row["step"] in self.tokens_at
         ]
@@ -81,22 +73,12 @@ class Run:
         return {key: next((row[key] for row in reversed(self.rows) if key in row), None) for key in sorted(wanted)}
 
 
-def chained(runs: list[Run]) -> None:
-    """Let every run that began with weights of an earlier one here go on at that checkpoint's tokens."""
-    for i, run in enumerate(runs):
-        for other in runs[:i]:
-            start = find_checkpoint(run.start).resolve() if run.start else None
-            if start is not None and start.is_relative_to(other.folder.resolve()):
-                run.before = other.before + other.tokens_at[float(start.name.rpartition("_")[2])]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     runs = [Run(folder) for folder in args.runs]
-    chained(runs)
     if len(runs) == 1:
         print(json.dumps(runs[0].keep(args.output)))
         return
