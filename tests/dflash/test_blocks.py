@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dflash import drafts, reference
+from understudy.drafters.dflash import attention
 from understudy.drafters.dflash.drafter import DFlashDrafter
 from understudy.target.cache import KVCache
 
@@ -61,9 +63,15 @@ def test_both_ways_are_the_slow_one(kind: str) -> None:
 
 
 @settings(deadline=None, max_examples=10, suppress_health_check=list(HealthCheck))
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=3), st.integers(2, 7), st.sampled_from(sorted(SHAPES)))
-def test_any_layout(lengths: list[int], rows: int, kind: str) -> None:
-    check(made(kind), lengths, rows)
+@given(
+    st.lists(st.integers(1, 6), min_size=1, max_size=3),
+    st.integers(2, 7),
+    st.sampled_from(sorted(SHAPES)),
+    st.sampled_from([1, 12, 128]),
+)
+def test_any_layout(lengths: list[int], rows: int, kind: str, together: int) -> None:
+    with patch.object(attention, "TOGETHER", together):
+        check(made(kind), lengths, rows)
 
 
 def test_rows_beyond_the_slab() -> None:

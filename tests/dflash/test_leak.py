@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 from dflash import reference
 from dflash.reference import Document, document
 from dflash.serving import planted
-from understudy.drafters.dflash.attention import BlockAttention
+from understudy.drafters.dflash import attention
+from understudy.drafters.dflash import model as model_module
+from understudy.drafters.dflash.attention import Group
 from understudy.drafters.dflash.model import DFlashModel
 from understudy.drafting.objective import Batch
 
@@ -62,9 +65,12 @@ ROW = [document(n, "#" * n, n) for n in (3, 6, 2)]
 
 
 @settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.sampled_from(sorted(OPTIONS)))
-def test_a_block_reads_what_lies_before_it_and_its_token(lengths: list[int], kind: str) -> None:
-    check([document(n, "#" * n, n) for n in lengths], kind)
+@given(
+    st.lists(st.integers(1, 6), min_size=1, max_size=4), st.sampled_from(sorted(OPTIONS)), st.sampled_from([1, 12, 128])
+)
+def test_a_block_reads_what_lies_before_it_and_its_token(lengths: list[int], kind: str, together: int) -> None:
+    with patch.object(attention, "TOGETHER", together):
+        check([document(n, "#" * n, n) for n in lengths], kind)
 
 
 def batch_is(**fields: Callable[[Batch], Tensor]) -> Callable[..., Any]:
@@ -74,21 +80,23 @@ def batch_is(**fields: Callable[[Batch], Tensor]) -> Callable[..., Any]:
     return fault
 
 
-def with_the_anchor(original: Any, self: Any, x: Tensor, rotary: Any, context: Any, distance: Tensor) -> Any:
-    return original(self, x, rotary, context, torch.nn.functional.pad(distance, (1, 0))[..., :-1])
+def with_the_anchor(original: Any, anchors: Tensor, distance: Tensor, size: int) -> Any:
+    return original(anchors, torch.nn.functional.pad(distance, (1, 0))[..., :-1], size)
 
 
-def one_block(original: Any, self: Any, x: Tensor, rotary: Any, context: Any, distance: Tensor) -> Any:
+def one_block(original: Any, self: Group, *kind: Any) -> Tensor:
     """All blocks of a row as one: they see each other (SpecForge #470)."""
-    return original(self, x, rotary, context, distance[:, -1:])
+    mask: Tensor = original(self, *kind).clone()
+    mask[..., -(self.rows.stop - self.rows.start) :] = 0
+    return mask
 
 
 @pytest.mark.parametrize("kind", ["full", "window"])
 @pytest.mark.parametrize(
     ("owner", "name", "fault"),
     [
-        (BlockAttention, "blocks", with_the_anchor),
-        (BlockAttention, "blocks", one_block),
+        (model_module, "grouped", with_the_anchor),
+        (Group, "_mask", one_block),
         (DFlashModel, "blocks", batch_is(documents=lambda batch: torch.zeros_like(batch.documents))),
         (
             DFlashModel,

@@ -215,18 +215,23 @@ def run(objective: DFlashObjective, rows: list[list[Document]] = ROWS) -> tuple[
 def test_chunks_are_the_whole(options):
     """Of the loss, and of attention's blocks: the same values and gradients."""
     whole, gradients = run(reference.objective(reference.small(), **options))
-    calls: list[int] = []
-    merged = attention.BlockAttention._merged
+    rows: list[int] = []
+    together = attention.BlockAttention._together
 
     def counted(self: Any, q: Tensor, *rest: Tensor) -> Tensor:
-        calls.append(q.shape[2])
-        return merged(self, q, *rest)
+        rows.append(q.shape[2])
+        return together(self, q, *rest)
 
-    for scores, chunk in ((2**26, 1), (2**26, 10), (1, 4096), (3 * 4 * 4 * 17 * 5, 7)):
-        calls.clear()
-        with patch.object(attention, "WHOLE", scores), patch.object(attention.BlockAttention, "_merged", counted):
+    for limit, most, chunk in ((128, 2**27, 1), (128, 2**27, 10), (1, 0, 4096), (5 * 4, 0, 7), (5 * 4, 2**27, 4096)):
+        rows.clear()
+        with (
+            patch.multiple(attention, TOGETHER=limit, MOST=most),
+            patch.object(attention.BlockAttention, "_together", counted),
+        ):
             out, found = run(reference.objective(reference.small(), loss_chunk=chunk, **options))
-        assert max(calls) == {2**26: 8, 1: 1}.get(scores, 5)
+        assert max(rows) == {128: 8 * 4, 1: 4}.get(limit, 5 * 4)
+        # the backward pass makes them again when they are much
+        assert sum(rows) == 2 * 8 * 4 * (1 if most else 2)
         torch.testing.assert_close(out.loss, whole.loss, rtol=1e-5, atol=1e-5)
         assert figures(out.metrics) == near(figures(whole.metrics))
         compare(found, {name: g.double() for name, g in gradients.items()})
@@ -274,9 +279,10 @@ def test_bf16_products_leave_the_target_and_the_loss_alone():
     features = reference.features(objective, reference.pack(ROWS))
     laws, sure, teacher = list[Tensor](), list[Tensor](), objective._teacher
 
-    def watched(*where: Any) -> Tensor:
-        laws.append(teacher(*where))
-        return laws[-1]
+    def watched(*where: Any) -> tuple[Tensor, Tensor]:
+        law, which = teacher(*where)
+        laws.append(law)
+        return law, which
 
     head = objective.drafter.model.confidence_head
     assert head is not None

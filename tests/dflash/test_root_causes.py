@@ -24,7 +24,7 @@ from dflash.serving import PROMPT, agree, change, learned, planted, served, text
 from understudy.core.errors import UserError
 from understudy.core.records import Needs
 from understudy.drafters.dflash import objective as module
-from understudy.drafters.dflash.attention import BlockAttention
+from understudy.drafters.dflash.attention import BlockAttention, Group
 from understudy.drafters.dflash.config import DFlashObjectiveConfig
 from understudy.drafters.dflash.files import read_drafter
 from understudy.drafters.dflash.layout import new_layout
@@ -114,15 +114,11 @@ def check_window() -> None:
 def test_windows_that_count_from_the_anchor():
     check_window()
 
-    def from_the_anchor(original: Any, self: Any, x: Tensor, rotary: Any, context: Any, distance: Tensor) -> Any:
-        near = distance * (distance < self.window)
-        window, self.window = self.window, 10**6
-        try:
-            return original(self, x, rotary, context, near)
-        finally:
-            self.window = window
+    def from_the_anchor(original: Any, self: Group, window: int, causal: bool) -> Tensor:
+        near = self.distance * (self.distance < window)
+        return original(dataclasses.replace(self, distance=near), None, causal)
 
-    with planted(BlockAttention, "blocks", from_the_anchor):
+    with planted(Group, "_mask", from_the_anchor):
         check_window()
 
 

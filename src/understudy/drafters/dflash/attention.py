@@ -8,11 +8,12 @@ A full layer sees all of that: rows of a block see each other both ways. A causa
 far back.
 
 Two ways through it. While decoding: one block over a cache whose context rows were written before. In training: N blocks at once over
-packed rows, each with a context of its own.
+packed rows, each with a context of its own; neighbours share one masked call over the stretch of the row that they see.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,7 +26,65 @@ from understudy.drafting.blocks import Norm, Rotary
 from understudy.target.attention import Pass, PassHolder, attention
 from understudy.target.cache import KVCache
 
-WHOLE = 2**26  # scores that may exist at once; beyond, blocks go in chunks that the backward pass computes again
+# Rows of blocks in one call of attention: with more there are fewer calls, which look at more that they do not see
+TOGETHER = 128
+# Numbers that the backward pass may keep of one layer's keys; if they are more, it makes them again
+MOST = 2**27
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """C neighbouring blocks of every row, and the stretch of context outside which none of them sees anything."""
+
+    rows: slice  # of the N S rows of blocks
+    context: slice  # of the T tokens
+    distance: Tensor  # [B, C, t] int64: how far a token of the stretch lies before the anchor, 0 = not visible
+    size: int  # S
+    masks: dict[Any, Tensor] = field(default_factory=dict)
+
+    @property
+    def seen(self) -> int:
+        """Keys: of the stretch of context, and its own."""
+        return self.context.stop - self.context.start + self.rows.stop - self.rows.start
+
+    def mask(self, window: int | None, causal: bool, repeat: int, dtype: torch.dtype) -> Tensor:
+        """What to add to scores [B, 1, repeat C S, t + C S]: 0 or -inf; made once for all layers of a kind."""
+        key = (window, causal, repeat, dtype)
+        if key not in self.masks:
+            self.masks[key] = self._mask(window, causal).repeat(1, 1, repeat, 1).to(dtype)
+        return self.masks[key]
+
+    def _mask(self, window: int | None, causal: bool) -> Tensor:
+        batch, count, _tokens = self.distance.shape
+        step = torch.arange(self.size, device=self.distance.device)
+        far = (self.distance > 0)[:, :, None].expand(-1, -1, self.size, -1)
+        near = (
+            step[:, None] >= step if causal else torch.ones(self.size, self.size, dtype=torch.bool, device=step.device)
+        )
+        if window is not None:
+            far = far & (self.distance[:, :, None] + step[:, None] < window)
+            near = near & (step[:, None] - step < window)
+        same = torch.eye(count, dtype=torch.bool, device=step.device)
+        own = torch.kron(same, near).expand(batch, -1, -1)
+        visible = torch.cat([far.flatten(1, 2), own], dim=-1)[:, None]
+        return torch.zeros(visible.shape, device=step.device).masked_fill_(~visible, float("-inf"))
+
+
+def grouped(anchors: Tensor, distance: Tensor, size: int) -> list[Group]:
+    """Groups of blocks of `size` rows at `anchors` [B, N]; those of neighbours are narrow, so anchors should be in order.
+
+    `distance` [B, N, T]: how far token t lies before the anchor, 0 = not visible; what is visible ends at the anchor.
+    """
+    count, most = distance.shape[1], max(1, TOGETHER // size)
+    begin = anchors - (distance > 0).sum(-1)
+    anchored = zip(begin.split(most, 1), anchors.split(most, 1), strict=True)
+    ends = torch.stack([torch.stack([b.min(), a.max()]) for b, a in anchored]).tolist()  # one wait for the device
+    groups = []
+    for i, (start, stop) in enumerate(ends):
+        blocks = slice(i * most, min((i + 1) * most, count))
+        rows = slice(blocks.start * size, blocks.stop * size)
+        groups.append(Group(rows, slice(start, stop), distance[:, blocks, start:stop], size))
+    return groups
 
 
 class BlockAttention(nn.Module):
@@ -81,39 +140,21 @@ class BlockAttention(nn.Module):
 
     # In training
 
-    def blocks(self, x: Tensor, rotary: Rotary, context: tuple[Tensor, Tensor], distance: Tensor) -> Tensor:
-        """[B, N S, H] -> [B, N S, H]: N blocks of S rows, each over its own context.
+    def blocks(self, x: Tensor, rotary: Rotary, context: tuple[Tensor, Tensor], groups: list[Group]) -> Tensor:
+        """[B, N S, H] -> [B, N S, H]: N blocks of S rows, each over its own context; `context` = keys and values [B, Hkv, T, d]."""
+        q, (k, v) = self.queries(x, rotary), self.keys(x, rotary)
+        kept = x.shape[0] * self.kv_heads * self.size * sum(group.seen for group in groups)
+        parts, again = [], kept > MOST
+        for group in groups:
+            own = [part[:, :, group.rows] for part in (q, k, v)]
+            mask = group.mask(self.window, self.causal, self.heads // self.kv_heads, q.dtype)
+            given = (*own, *(part[:, :, group.context] for part in context), mask)
+            parts.append(checkpoint(self._together, *given, use_reentrant=False) if again else self._together(*given))
+        return self.o_proj(torch.cat(parts, dim=2).transpose(1, 2).flatten(2))
 
-        `context` = keys and values [B, Hkv, T, d]; `distance` [B, N, T] int64: how far token t lies before the anchor, 0 = not visible.
-        """
-        count = distance.shape[1]
-        q = self.queries(x, rotary).unflatten(2, (count, -1))
-        k, v = (part.unflatten(2, (count, -1)) for part in self.keys(x, rotary))
-        most = max(1, WHOLE // (x.shape[0] * self.heads * q.shape[3] * distance.shape[2]))
-        if most >= count:
-            out = self._merged(q, k, v, distance, *context)
-        else:
-            parts = zip(q.split(most, 2), k.split(most, 2), v.split(most, 2), distance.split(most, 1), strict=True)
-            out = torch.cat([checkpoint(self._merged, *part, *context, use_reentrant=False) for part in parts], dim=2)
-        return self.o_proj(out.flatten(2, 3).transpose(1, 2).flatten(2))
-
-    def _merged(self, q: Tensor, own_k: Tensor, own_v: Tensor, distance: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One softmax over context and block: q [B, H, C, S, d], own [B, Hkv, C, S, d], k and v [B, Hkv, T, d] -> [B, H, C, S, d]."""
-        rows = q.shape[3]
-        queries = q.unflatten(1, (self.kv_heads, -1)) * self.size**-0.5  # [B, Hkv, G, C, S, d]
-        visible = (distance > 0)[:, :, None]  # [B, C, 1 or S, T]
-        step = torch.arange(rows, device=q.device)
-        if self.window is not None:
-            visible = visible & (distance[:, :, None] + step[:, None] < self.window)
-        far = torch.matmul(queries.flatten(2, 4), k.transpose(-1, -2)).view(*queries.shape[:-1], -1)
-        far = far.masked_fill(~visible[:, None, None], float("-inf"))
-        near = torch.matmul(queries, own_k[:, :, None].transpose(-1, -2))  # [B, Hkv, G, C, S, S]
-        if self.causal:
-            ahead = step[None, :] > step[:, None]
-            if self.window is not None:
-                ahead = ahead | (step[:, None] - step[None, :] >= self.window)
-            near = near.masked_fill(ahead, float("-inf"))
-        weights = torch.cat([far, near], dim=-1).softmax(-1, dtype=torch.float32).to(q.dtype)
-        far, near = weights.split([k.shape[2], rows], dim=-1)
-        out = torch.matmul(far.flatten(2, 4), v).view_as(queries) + torch.matmul(near, own_v[:, :, None])
-        return out.flatten(1, 2)
+    def _together(self, q: Tensor, own_k: Tensor, own_v: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """q [B, H, R, d], own [B, Hkv, R, d], k and v [B, Hkv, t, d], mask [B, 1, G R, t + R] -> [B, H, R, d]."""
+        packed = q.unflatten(1, (self.kv_heads, -1)).flatten(2, 3)
+        keys, values = torch.cat([k, own_k], dim=2), torch.cat([v, own_v], dim=2)
+        out = F.scaled_dot_product_attention(packed, keys, values, attn_mask=mask)
+        return out.unflatten(2, (-1, q.shape[2])).flatten(1, 2)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import rotate_half
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
-from understudy.drafters.dflash.attention import BlockAttention
+from understudy.drafters.dflash.attention import BlockAttention, Group, grouped
 from understudy.drafters.dflash.heads import ConfidenceHead, MarkovHead
 from understudy.drafters.dflash.layout import causal, drafts_of, taps_of, windows
 from understudy.drafting.blocks import DraftRotary, Norm, Rotary
@@ -38,10 +38,10 @@ class DraftLayer(nn.Module):
         """One block [1, S, H] over the cache, which its rows join: [1, S, H]."""
         return self._leave(x, self.self_attn.block(self.input_layernorm(x), rotary, cache))
 
-    def unrolled(self, x: Tensor, rotary: Rotary, context: Tensor, past: Rotary, distance: Tensor) -> Tensor:
-        """All blocks [B, N S, H] over context states [B, T, H] with rotary factors `past`; `distance` as in `BlockAttention.blocks`."""
+    def unrolled(self, x: Tensor, rotary: Rotary, context: Tensor, past: Rotary, groups: list[Group]) -> Tensor:
+        """All blocks [B, N S, H] over context states [B, T, H] with rotary factors `past`."""
         keys = self.self_attn.keys(context, past)
-        return self._leave(x, self.self_attn.blocks(self.input_layernorm(x), rotary, keys, distance))
+        return self._leave(x, self.self_attn.blocks(self.input_layernorm(x), rotary, keys, groups))
 
     def _leave(self, residual: Tensor, attended: Tensor) -> Tensor:
         x = residual + attended
@@ -171,8 +171,8 @@ class DFlashModel(nn.Module):
         past = self.rotary(context, batch.positions)
         distance = anchors[:, :, None] - torch.arange(batch.ids.shape[1], device=device)
         same = batch.documents.gather(1, anchors)[:, :, None] == batch.documents[:, None]
-        distance = (distance * same).clamp_min(0)
+        groups = grouped(anchors, (distance * same).clamp_min(0), rows)
         for layer in self.layers:
-            x = cast(DraftLayer, layer).unrolled(x, rotary, context, past, distance)
+            x = cast(DraftLayer, layer).unrolled(x, rotary, context, past, groups)
         out: Tensor = self.norm(x).unflatten(1, anchors.shape[1:] + (rows,))
         return out

@@ -93,14 +93,17 @@ class DFlashObjective(Objective):
         ids = batch.ids.flatten()
         return Blocks(at, states, asks, ids[before], ids[torch.where(asks, before + 1, 0)], before)
 
-    def _teacher(self, features: Features, place: Tensor) -> Tensor:
-        """The target's logits [.., V] in fp32 after the tokens at `place` [..] of the flattened batch."""
+    def _teacher(self, features: Features, place: Tensor) -> tuple[Tensor, Tensor]:
+        """The target's logits [U, V] in fp32 after the tokens at `place` [..] of the flattened batch, and which of them belong where [..].
+
+        Blocks overlap: each place is computed once.
+        """
         assert features.last is not None
-        last = features.last.flatten(0, 1)[place]
+        places, which = place.unique(return_inverse=True)
+        last = features.last.flatten(0, 1)[places]
         # outside autocast: the target's own numbers are what decoding compares with
         with torch.no_grad(), torch.autocast(last.device.type, enabled=False):
-            logits = self.drafter.target.head(last.flatten(0, -2)).to(last.device).float()
-            return logits.unflatten(0, last.shape[:-1])
+            return self.drafter.target.head(last).to(last.device).float(), which
 
     def _logits(self, states: Tensor, before: Tensor) -> tuple[Tensor, Tensor | None]:
         """(logits [.., K, V] in fp32, of confidence [.., K]) of drafts after the tokens `before`."""
@@ -113,13 +116,17 @@ class DFlashObjective(Objective):
                 sure = model.confidence_head(states, embedded)
         return logits.float(), sure
 
-    def _kl(self, logits: Tensor, teacher: Tensor) -> Tensor:
-        """KL(p || q) [.., K] of the target's law p from the drafter's q; over its likeliest tokens, renormalised, or over all."""
+    def _kl(self, log_q: Tensor, teacher: Tensor, which: Tensor) -> Tensor:
+        """KL(p || q) [.., K] of the target's law p from the drafter's q; over its likeliest tokens, renormalised, or over all.
+
+        log q [.., K, V]; `teacher`, `which` as from `_teacher`.
+        """
         if not self.config.full_vocab:
             ids = teacher.topk(min(LIKELIEST, teacher.shape[-1]), -1).indices
-            logits, teacher = logits.gather(-1, ids), teacher.gather(-1, ids)
-        log_p, log_q = teacher.log_softmax(-1), logits.log_softmax(-1)
-        return (log_p.exp() * (log_p - log_q)).sum(-1)
+            log_q, teacher = log_q.gather(-1, ids[which]).log_softmax(-1), teacher.gather(-1, ids)
+        log_p = teacher.log_softmax(-1)
+        p = log_p.exp()
+        return (p * log_p).sum(-1)[which] - (p[which] * log_q).sum(-1)
 
     def _weights(self, probability: Tensor, asks: Tensor) -> Tensor:
         """[M, K]: how much each draft counts. `probability` [M, K]: the drafter's of the token taught, detached."""
@@ -147,18 +154,19 @@ class DFlashObjective(Objective):
 
         def sums(index: Tensor, states: Tensor, asks: Tensor, before: Tensor, tokens: Tensor, place: Tensor) -> Tensor:
             logits, sure = self._logits(states, before)
-            teacher = self._teacher(features, place) if taught else None
-            best = tokens if teacher is None else teacher.argmax(-1)
+            law = self._teacher(features, place) if taught else None
+            best = tokens if law is None else law[0].argmax(-1)[law[1]]
             label = best if config.teacher == "target" else tokens
             with torch.autocast(logits.device.type, enabled=False):
-                cross = F.cross_entropy(logits.flatten(0, 1), label.flatten(), reduction="none").view_as(label)
+                log_q = logits.log_softmax(-1)
+                cross = -log_q.gather(-1, label[..., None])[..., 0]
                 loss = cross if "ce" in config.loss_type else torch.zeros_like(cross)
                 if "kl" in config.loss_type:
-                    assert teacher is not None
-                    loss = loss + self._kl(logits, teacher)
+                    assert law is not None
+                    loss = loss + self._kl(log_q, *law)
                 overlap = torch.zeros_like(cross)
-                if teacher is not None and (sure is not None or not self.training):
-                    overlap = torch.minimum(teacher.softmax(-1), logits.detach().softmax(-1)).sum(-1)
+                if law is not None and (sure is not None or not self.training):
+                    overlap = torch.minimum(law[0].softmax(-1)[law[1]], log_q.detach().exp()).sum(-1)
             weight = self._weights((-cross.detach()).exp(), asks)
             total = (loss * weight).sum()
             if sure is not None:
@@ -242,7 +250,8 @@ class DFlashObjective(Objective):
 
     def _said(self, features: Features, found: Blocks, piece: Tensor) -> tuple[Tensor, ...]:
         logits, _ = self._logits(found.states[piece], found.before[piece])
-        q, best = logits.softmax(-1), self._teacher(features, found.place[piece]).argmax(-1)
+        teacher, which = self._teacher(features, found.place[piece])
+        q, best = logits.softmax(-1), teacher.argmax(-1)[which]
         conf, said = q.max(-1)
         meant = q.gather(-1, best[..., None])[..., 0]
         return found.at[piece], found.asked[piece], said, best, conf, meant, found.states[piece, 0]
