@@ -208,6 +208,22 @@ def test_whether_drafting_runs_a_model_is_seen(name, runs):
     assert [t.output for t in after] == [t.output for t in turns]
 
 
+def test_every_timed_draft_does_what_the_loop_did(monkeypatch):
+    """Rows that a commit leaves to the next draft are written in every try, not in the first alone."""
+    target = tiny.target("qwen3")
+    mode = EngineMode("dflash", target, build(BLOCKS, target))
+    turns = [mode.turn(prompt, i, 12) for i, prompt in enumerate(PROMPTS)]
+    waiting, propose = list[int](), efficiency._propose
+
+    def watched(draft, sequence):
+        waiting.append(sum(map(len, draft.waiting)))
+        return propose(draft, sequence)
+
+    monkeypatch.setattr(efficiency, "_propose", watched)
+    parts = alone(mode, PROMPTS, turns, 12)
+    assert len(waiting) == 2 * parts.states and min(waiting) > 0
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A tiny model with a tokenizer of one word per token, as a folder, and a prompts file."""

@@ -4,7 +4,7 @@
 
 A cycle commits tau tokens for one draft and one verify, plain decoding one token for one pass over one row; the quotient in the
 denominator is the speed-up of an engine that costs nothing. The three times are taken alone, in the same process: at the same
-states of the same texts, by calling just that part, several times with a rewind between, in turns, so that a machine that slows
+states of the same texts, by calling just that part, several times from the same state, in turns, so that a machine that slows
 down slows all three. Median per state, mean over states.
 
 Cycles differ: a look-up finds nothing and the cycle is a plain step, or confidence ends a draft early. So states are sampled
@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -28,6 +27,7 @@ from understudy.bench.modes import EngineMode, Turn
 from understudy.core.records import Proposal
 from understudy.decoding.engine import decode
 from understudy.decoding.sequence import DecodeSequence
+from understudy.drafting.protocols import DraftSession
 
 STATES, PROMPTS, TRIES = 48, 8, 5
 
@@ -83,26 +83,32 @@ def alone(mode: EngineMode, prompts: Sequence[list[int]], turns: Sequence[Turn],
 def _sample(sequence: DecodeSequence) -> Sample:
     """Each part TRIES times, in turns, with the sequence back where it was after each."""
     target, drafted = sequence.target, list[Proposal | None]()
+    draft = sequence.draft
+
+    def back() -> None:
+        """Forget what was run since the last commit."""
+        target.rewind(len(sequence.tokens))
+
+    def before_drafting() -> None:
+        """A drafter may do once per commit what it then need not do again: every draft begins where the loop's did."""
+        nonlocal draft
+        back()
+        draft = sequence.draft.fork(target)
+
     parts: dict[str, Callable[[], object]] = {
         "one": lambda: target.verify(None),
-        "draft": lambda: drafted.append(_propose(sequence)),
+        "draft": lambda: drafted.append(_propose(draft, sequence)),
         "verify": lambda: target.verify(drafted[-1]),
     }
-    reset = partial(_reset, sequence)
-    seconds = medians(parts, TRIES, target.device, {"one": reset, "verify": reset})
+    seconds = medians(parts, TRIES, target.device, {"one": before_drafting, "verify": back})
     width = drafted[-1].tokens.shape[0] if drafted[-1] else 0
     return Sample(width, **seconds)
 
 
-def _propose(sequence: DecodeSequence) -> Proposal | None:
+def _propose(draft: DraftSession, sequence: DecodeSequence) -> Proposal | None:
     """What the engine would ask for now."""
     budget = sequence.budget()
-    return sequence.draft.propose(budget, sequence.recorder.begin()) if budget.depth else None
-
-
-def _reset(sequence: DecodeSequence) -> None:
-    """Forget what was run since the last commit."""
-    sequence.target.rewind(len(sequence.tokens))
+    return draft.propose(budget, sequence.recorder.begin()) if budget.depth else None
 
 
 def _mean(samples: Sequence[Sample], widths: Counter[int], runs_model: bool) -> Alone | None:

@@ -58,9 +58,9 @@ class Group:
         batch, count, _tokens = self.distance.shape
         step = torch.arange(self.size, device=self.distance.device)
         far = (self.distance > 0)[:, :, None].expand(-1, -1, self.size, -1)
-        near = (
-            step[:, None] >= step if causal else torch.ones(self.size, self.size, dtype=torch.bool, device=step.device)
-        )
+        near = torch.ones(self.size, self.size, dtype=torch.bool, device=step.device)
+        if causal:
+            near = near.tril()
         if window is not None:
             far = far & (self.distance[:, :, None] + step[:, None] < window)
             near = near & (step[:, None] - step < window)
