@@ -1,7 +1,7 @@
 """Speed and memory of a training step, by width and vocabulary, and what bounds them.
 
     python benchmarks/training.py --output benchmarks/results/training.json
-    python benchmarks/training.py --drafter dflash --output benchmarks/results/training-dflash.json
+    python benchmarks/training.py --drafter dflash --vocabulary 4096 --output benchmarks/results/training-dflash.json
 
 Targets with random weights (12 layers; width and vocabulary as named), float32, packed rows of two documents, 65 % of them supervised:
 2 rows of 512 tokens for EAGLE-3 (7 unrolled steps, at most 32,000 draft tokens), 1 row of 1,536 for DFlash (three layers, 256 blocks of 7,
@@ -141,6 +141,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--drafter", choices=sorted(SHAPES), default="eagle3")
+    parser.add_argument("--vocabulary", type=int, action="append", help="repeatable; default: both")
     parser.add_argument(
         "--case", nargs=3, type=int, metavar=("WIDTH", "VOCABULARY", "WHOLE"), help="one case, in this process"
     )
@@ -151,7 +152,7 @@ def main() -> None:
         print(json.dumps(measure(args.drafter, width, vocabulary, bool(whole))))
         return
     cases = []
-    for case in product(WIDTHS, VOCABULARIES, (0, 1)):
+    for case in product(WIDTHS, args.vocabulary or VOCABULARIES, (0, 1)):
         command = [sys.executable, __file__, "--threads", str(args.threads), "--drafter", args.drafter, "--case"]
         done = subprocess.run([*command, *map(str, case)], capture_output=True, text=True, check=True)
         cases.append(json.loads(done.stdout.splitlines()[-1]))
